@@ -1,0 +1,1 @@
+"""autossl: self-configuring semi-supervised segmentation of medical images."""

@@ -1,0 +1,1 @@
+"""What lies on disk: workspace, raw datasets, images, labels, splits, runs."""

@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all, and hashes of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from autossl.data.problems import InvalidInput, Problem
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; on success it is synced and renamed to `path`, on error removed.
+
+    The temporary name keeps the file's endings, because image writers choose their format by them.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield partial
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically, with sorted-as-given keys and two spaces of indent. NaN is refused."""
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    with atomic_write(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON; raises `InvalidInput` that names the file where it is missing or cut off."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InvalidInput(Problem("the file does not exist", "a JSON file", "check the path", file=path)) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            Problem(f"not valid JSON ({error})", "a complete JSON file", "restore or delete the file", file=path)
+        ) from error
+
+
+def content_hash(content: Any, digits: int = 10) -> str:
+    """Hexadecimal hash of a JSON-able value, independent of the order of keys."""
+    text = json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

@@ -1,0 +1,1 @@
+"""From images to label maps: tiles, predictor, back to the original grid."""

@@ -1,0 +1,1 @@
+"""Networks from plans, feature taps, and what a trained model predicts with."""

@@ -1,0 +1,1 @@
+"""From a raw dataset to plans: fingerprint, topology, memory, semi-supervised rules."""

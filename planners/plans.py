@@ -1,0 +1,277 @@
+"""The schema of plans: nnU-Net v2's key names with plain values, our semi-supervised decisions beside them, and why.
+
+All spatial sequences are in array order of the *transposed* case (coarsest axis first); spacing in mm.
+A 2d configuration has two entries per spatial sequence: the first array axis is its slice axis and is never resampled.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from autossl.data.files import content_hash, read_json, write_json
+from autossl.data.problems import InvalidInput, Problem, nearest
+
+NORMALIZATION_SCHEMES = (
+    "ZScoreNormalization",
+    "CTNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+)
+NETWORK_CLASSES = {
+    "plain": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+    "resenc": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+}
+KEYS_THAT_NAME_MODULES = ("conv_op", "norm_op", "dropout_op", "nonlin")
+MAX_PATCH_VOXELS = 2**27  # 512 cubed: anything above is a damaged or hostile plan, not a plan
+DATA_KEYS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Architecture(_Schema):
+    """A network as nnU-Net v2 names it. `arch_kwargs` may hold dotted names of torch modules under the listed keys."""
+
+    network_class_name: str
+    arch_kwargs: dict[str, Any]
+    kw_requires_import: tuple[str, ...] = Field(default=KEYS_THAT_NAME_MODULES, alias="_kw_requires_import")
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @field_validator("network_class_name")
+    @classmethod
+    def _known_class(cls, value: str) -> str:
+        if value not in NETWORK_CLASSES.values():
+            raise ValueError(f"{value} is not one of {', '.join(NETWORK_CLASSES.values())}")
+        return value
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Architecture:
+        kwargs = self.arch_kwargs
+        stages = kwargs.get("n_stages")
+        if not isinstance(stages, int) or not 1 <= stages <= 16:
+            raise ValueError(f"arch_kwargs.n_stages is {stages!r}, expected 1 to 16")
+        for key in ("features_per_stage", "kernel_sizes", "strides"):
+            if len(kwargs.get(key, ())) != stages:
+                raise ValueError(f"arch_kwargs.{key} has {len(kwargs.get(key, ()))} entries, expected {stages}")
+        if any(not isinstance(f, int) or not 1 <= f <= 4096 for f in kwargs["features_per_stage"]):
+            raise ValueError("arch_kwargs.features_per_stage must be integers from 1 to 4096")
+        return self
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions, 2 or 3."""
+        return len(self.arch_kwargs["strides"][0])
+
+    @property
+    def cumulative_strides(self) -> list[tuple[int, ...]]:
+        """Down-sampling factor per axis of each stage against the input."""
+        total = [1] * self.dims
+        result = []
+        for stride in self.arch_kwargs["strides"]:
+            total = [t * int(s) for t, s in zip(total, stride, strict=True)]
+            result.append(tuple(total))
+        return result
+
+
+class ConfigurationPlan(_Schema):
+    """One configuration (`2d`, `3d_fullres`, `3d_lowres`) of a plan."""
+
+    data_identifier: str
+    preprocessor_name: Literal["DefaultPreprocessor"] = "DefaultPreprocessor"
+    batch_size: int = Field(ge=1, le=100_000)
+    patch_size: tuple[int, ...]
+    median_image_size_in_voxels: tuple[float, ...]
+    spacing: tuple[float, ...]
+    normalization_schemes: tuple[str, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    resampling_fn_data: str = "resample_data_or_seg_to_shape"
+    resampling_fn_seg: str = "resample_data_or_seg_to_shape"
+    resampling_fn_data_kwargs: dict[str, Any] = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+    resampling_fn_seg_kwargs: dict[str, Any] = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
+    resampling_fn_probabilities: str = "resample_data_or_seg_to_shape"
+    resampling_fn_probabilities_kwargs: dict[str, Any] = {
+        "is_seg": False,
+        "order": 1,
+        "order_z": 0,
+        "force_separate_z": None,
+    }
+    architecture: Architecture
+    batch_dice: bool
+    mirror_axes: tuple[int, ...]
+    """Axes of the patch (0 = first spatial axis) that may be mirrored, in training and in prediction."""
+    labeled_batch_size: int = Field(ge=1)
+    unlabeled_batch_size: int = Field(ge=1)
+
+    @field_validator("patch_size")
+    @classmethod
+    def _patch(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) not in (2, 3) or any(v < 1 for v in value) or math.prod(value) > MAX_PATCH_VOXELS:
+            raise ValueError(f"{value} is no patch: expected 2 or 3 positive numbers, at most 512 cubed voxels in all")
+        return value
+
+    @field_validator("spacing")
+    @classmethod
+    def _spacing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not math.isfinite(v) or v <= 0 for v in value):
+            raise ValueError(f"{value} must be positive numbers in mm")
+        return value
+
+    @field_validator("normalization_schemes")
+    @classmethod
+    def _schemes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for scheme in value:
+            if scheme not in NORMALIZATION_SCHEMES:
+                raise ValueError(f"{scheme} is unknown; nearest: {nearest(scheme, NORMALIZATION_SCHEMES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ConfigurationPlan:
+        dims = len(self.patch_size)
+        for key in ("median_image_size_in_voxels", "spacing"):
+            if len(getattr(self, key)) != dims:
+                raise ValueError(f"{key} has {len(getattr(self, key))} axes, patch_size has {dims}")
+        if len(self.use_mask_for_norm) != len(self.normalization_schemes):
+            raise ValueError("use_mask_for_norm and normalization_schemes differ in length (one entry per channel)")
+        if self.architecture.dims != dims:
+            raise ValueError(f"architecture is {self.architecture.dims}D, patch_size is {dims}D")
+        if any(axis not in range(dims) for axis in self.mirror_axes):
+            raise ValueError(f"mirror_axes {self.mirror_axes} must lie in 0..{dims - 1}")
+        factors = self.architecture.cumulative_strides[-1]
+        if any(p % f for p, f in zip(self.patch_size, factors, strict=True)):
+            raise ValueError(f"patch_size {self.patch_size} is not divisible by the network's total strides {factors}")
+        return self
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions of the patch, 2 or 3."""
+        return len(self.patch_size)
+
+    @property
+    def n_channels(self) -> int:
+        """Image channels."""
+        return len(self.normalization_schemes)
+
+
+class IntensityProperties(_Schema):
+    """Of one channel, over the labeled foreground, in the image's own units."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+    median: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+class SemiSupervisedPlan(_Schema):
+    """Decisions that the unlabeled cases ask for; fractions are of the whole run."""
+
+    total_steps: int = Field(ge=1)
+    warm_up_fraction: float = Field(ge=0, le=1)
+    ramp_end_fraction: float = Field(ge=0)
+    ema_decay_max: float = Field(ge=0, lt=1)
+    single_component_classes: tuple[int, ...]
+    elliptic_classes: tuple[int, ...]
+    recommended_configuration: str
+    recommended_method: str
+
+
+class Plans(_Schema):
+    """All that a dataset's fingerprint decided, for one preset. `why` maps a dotted path in here to its reason."""
+
+    dataset_name: str
+    plans_name: str
+    preset: str
+    orientation: Literal["RAS", "native"]
+    """RAS: volumes are reoriented to RAS+ before the arrays (z,y,x) are taken. native: as stored (2D images)."""
+    image_reader_writer: str
+    """The nnU-Net v2 reader that gives the same arrays; for exports."""
+    original_median_spacing_after_transp: tuple[float, float, float]
+    original_median_shape_after_transp: tuple[int, int, int]
+    transpose_forward: tuple[int, int, int]
+    transpose_backward: tuple[int, int, int]
+    configurations: dict[str, ConfigurationPlan]
+    experiment_planner_used: str
+    label_manager: str = "LabelManager"
+    foreground_intensity_properties_per_channel: dict[str, IntensityProperties]
+    semi_supervised: SemiSupervisedPlan
+    why: dict[str, str]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Plans:
+        forward, backward = self.transpose_forward, self.transpose_backward
+        if sorted(forward) != [0, 1, 2] or [forward[b] for b in backward] != [0, 1, 2]:
+            raise ValueError(f"transpose_forward {forward} and transpose_backward {backward} do not undo each other")
+        channels = {c.n_channels for c in self.configurations.values()}
+        if len(channels) > 1:
+            raise ValueError(f"configurations disagree on the number of channels: {sorted(channels)}")
+        return self
+
+    def configuration(self, name: str) -> ConfigurationPlan:
+        """The named configuration; raises `InvalidInput` with the nearest names."""
+        if name not in self.configurations:
+            raise InvalidInput(
+                Problem(
+                    f"configuration '{name}' is not in {self.plans_name} of {self.dataset_name}",
+                    f"one of {nearest(name, self.configurations)}",
+                    f"plan it with autossl_plan_and_preprocess -d {self.dataset_name} -c {name}, or choose another",
+                )
+            )
+        return self.configurations[name]
+
+    def data_hash(self, configuration: str) -> str:
+        """Hash of all that decides preprocessed values; presets and configurations that agree share their data."""
+        plan = self.configuration(configuration)
+        content = plan.model_dump(mode="json", include=set(DATA_KEYS))
+        content |= {"transpose_forward": self.transpose_forward, "orientation": self.orientation}
+        if "CTNormalization" in plan.normalization_schemes:
+            content["intensities"] = {
+                key: value.model_dump() for key, value in self.foreground_intensity_properties_per_channel.items()
+            }
+        return content_hash(content)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under nnU-Net's key names."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def hash(self) -> str:
+        """Hash of every decision; the reasons are left out."""
+        return content_hash({key: value for key, value in self.to_json().items() if key != "why"})
+
+
+def read_plans(path: Path) -> Plans:
+    """Reads and checks plans; raises `InvalidInput` that names each field that makes no sense."""
+    content = read_json(path)
+    try:
+        return Plans.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            Problem(
+                f"{'.'.join(str(part) for part in fault['loc']) or 'the plan'}: {fault['msg']}",
+                "plans as autossl_plan_and_preprocess writes them",
+                "undo the edit of this field or plan again",
+                file=path,
+            )
+            for fault in error.errors()
+        ]
+        raise InvalidInput(problems, title=f"{path} makes no sense in {len(problems)} places:") from error
+
+
+def write_plans(path: Path, plans: Plans) -> None:
+    """Writes plans atomically."""
+    write_json(path, plans.to_json())

@@ -1,0 +1,1 @@
+"""Crop, normalize, resample, store: pure functions and one preprocessor."""

@@ -1,0 +1,1 @@
+"""What a method computes (base, methods) and when it runs (loop, batches)."""
