@@ -1,0 +1,110 @@
+"""The network of a plan: nnU-Net's U-Nets (dynamic-network-architectures) with its initialization.
+
+Names of torch modules in a plan are looked up in a closed table; nothing is imported because a file says so.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import nn
+
+from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.planners.plans import NETWORK_CLASSES, Architecture
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    NETWORK_CLASSES["plain"]: PlainConvUNet,
+    NETWORK_CLASSES["resenc"]: ResidualEncoderUNet,
+}
+_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.LeakyReLU,
+    nn.ReLU,
+)
+MODULES_BY_NAME: dict[str, type[nn.Module]] = {
+    name: module
+    for module in _MODULES
+    for name in (f"torch.nn.{module.__name__}", f"{module.__module__}.{module.__name__}")
+}
+"""Both spellings that nnU-Net plans use: `torch.nn.LeakyReLU` and `torch.nn.modules.conv.Conv3d`."""
+
+
+def build_network(
+    architecture: Architecture,
+    in_channels: int,
+    out_channels: int,
+    deep_supervision: bool = True,
+    seed: int | None = None,
+) -> nn.Module:
+    """A freshly initialized network in training mode.
+
+    Args:
+        architecture: what a plan says; names of modules come from a closed table.
+        in_channels: image channels that the network sees.
+        out_channels: channels of logits, `LabelSchema.n_outputs`.
+        deep_supervision: True: `net(x)` is the list of logits, full resolution first; False: the full resolution only.
+            The heads of all levels exist either way, so the same weights load.
+        seed: of the weights; the global generator is left as it was. None draws from the global generator.
+
+    Raises:
+        InvalidInput: the plan names a module, or an argument, that no such network has.
+    """
+    kwargs = _resolved_kwargs(architecture)
+    network_class: Any = NETWORKS[architecture.network_class_name]
+    generator_kept = torch.random.fork_rng(devices=[]) if seed is not None else nullcontext()
+    with generator_kept:
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            network: Any = network_class(
+                input_channels=in_channels, num_classes=out_channels, deep_supervision=deep_supervision, **kwargs
+            )
+        except (TypeError, AssertionError, KeyError) as error:
+            raise InvalidInput(
+                Problem(
+                    f"arch_kwargs do not fit {architecture.network_class_name} ({error})",
+                    "the arguments that autossl_plan_and_preprocess writes",
+                    "undo the edit of the plan or plan again",
+                )
+            ) from error
+        network.apply(network.initialize)
+    return network
+
+
+def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
+    """Switches between the list of logits of all levels and the full resolution alone; weights stay."""
+    decoder: Any = network.decoder
+    decoder.deep_supervision = enabled
+
+
+def _resolved_kwargs(architecture: Architecture) -> dict[str, Any]:
+    """`arch_kwargs` with the dotted names of `kw_requires_import` replaced by modules of the closed table."""
+    kwargs = dict(architecture.arch_kwargs)
+    problems = []
+    for key in architecture.kw_requires_import:
+        name = kwargs.get(key)
+        if name is None:
+            continue
+        if name in MODULES_BY_NAME:
+            kwargs[key] = MODULES_BY_NAME[name]
+            continue
+        problems.append(
+            Problem(
+                f"arch_kwargs.{key} is {name!r}",
+                f"one of {nearest(str(name), MODULES_BY_NAME)}",
+                "undo the edit of the plan or plan again",
+            )
+        )
+    if problems:
+        raise InvalidInput(problems)
+    return kwargs

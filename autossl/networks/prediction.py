@@ -1,0 +1,139 @@
+"""What predicts, as data: which trained networks, how their outputs become probabilities, how they are combined.
+
+A training method writes a `PredictionSpec` into its checkpoints and prediction needs nothing else of the method.
+The vocabulary is closed: a checkpoint can ask for what is listed here and for nothing more.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autossl.data.problems import InvalidInput, Problem
+from autossl.networks.build import build_network
+from autossl.planners.plans import Architecture
+
+Activation = Literal["softmax", "sigmoid", "dirichlet"]
+SMALLEST_PROBABILITY = 1e-7
+"""Keeps the logarithm of a mean probability finite; far below what a label decision can notice."""
+HEADS: tuple[str, ...] = ()
+"""Named output heads a member may ask for; a method that deploys one adds its module to `autossl.networks`."""
+
+
+class Member(BaseModel):
+    """One network of a prediction; `name` is its entry in the checkpoint's `networks`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    architecture: Architecture
+    channels: tuple[int, ...] | None = None
+    """Image channels that this network sees, in this order; None: all."""
+    head: str | None = None
+    """A named output head; None: the network's own logits."""
+
+    @field_validator("channels")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (not value or len(set(value)) != len(value) or min(value) < 0):
+            raise ValueError(f"channels {value} must be distinct numbers from 0, at least one")
+        return value
+
+    @field_validator("head")
+    @classmethod
+    def _known_head(cls, value: str | None) -> str | None:
+        if value is not None and value not in HEADS:
+            raise ValueError(f"head {value!r} is unknown; known: {', '.join(HEADS) or 'none'}")
+        return value
+
+
+class PredictionSpec(BaseModel):
+    """Members, activation and combination.
+
+    `single`: one member; its logits are averaged over mirrored views. `mean_probabilities`: the probabilities of all
+    members and mirrored views are averaged, and the logarithm of the mean (sigmoid: its logit) stands for the logits
+    from there on. Both are blended over tiles and averaged over folds as logits, which is nnU-Net's order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    members: tuple[Member, ...] = Field(min_length=1)
+    activation: Activation = "softmax"
+    """softmax over labels; sigmoid per region; dirichlet: evidence e = softplus(logits), α = e + 1, p = α / Σα."""
+    combine: Literal["single", "mean_probabilities"] = "single"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PredictionSpec:
+        names = [member.name for member in self.members]
+        if len(set(names)) != len(names):
+            raise ValueError(f"members must have distinct names, found {names}")
+        if self.combine == "single" and len(self.members) != 1:
+            raise ValueError(f"'single' takes one member, found {len(self.members)}; use 'mean_probabilities'")
+        if len({member.architecture.dims for member in self.members}) != 1:
+            raise ValueError("members must agree on 2D or 3D: they see the same tiles")
+        return self
+
+    @property
+    def output_activation(self) -> Activation:
+        """What turns the combined logits into probabilities."""
+        return "softmax" if self.combine == "mean_probabilities" and self.activation == "dirichlet" else self.activation
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @classmethod
+    def from_json(cls, content: Any) -> PredictionSpec:
+        """Reads `to_json`'s values; raises `InvalidInput` that names each field that is wrong."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise InvalidInput(
+                [
+                    Problem(
+                        f"prediction.{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}",
+                        "a prediction as autossl_train writes it",
+                        "use a checkpoint of this version of autossl",
+                    )
+                    for fault in error.errors()
+                ]
+            ) from error
+
+
+def build_member(member: Member, n_channels: int, n_outputs: int) -> nn.Module:
+    """The member's network without weights of its own yet, in evaluation mode, giving full-resolution logits alone.
+
+    Raises `InvalidInput` where the member asks for a channel that the images do not have.
+    """
+    if member.channels is not None and max(member.channels) >= n_channels:
+        raise InvalidInput(
+            Problem(
+                f"network '{member.name}' looks at channel {max(member.channels)}",
+                f"channels below {n_channels}, the number of image channels",
+                "use a checkpoint that belongs to these plans",
+            )
+        )
+    seen = n_channels if member.channels is None else len(member.channels)
+    network = build_network(member.architecture, seen, n_outputs, deep_supervision=False, seed=0)
+    return network.eval().requires_grad_(False)
+
+
+def probabilities_of(logits: Tensor, activation: Activation, dim: int = 1) -> Tensor:
+    """Probabilities in the logits' shape, computed in float32; `dim` is the axis of the outputs."""
+    logits = logits.float()
+    if activation == "softmax":
+        return logits.softmax(dim)
+    if activation == "sigmoid":
+        return logits.sigmoid()
+    alpha = functional.softplus(logits) + 1
+    return alpha / alpha.sum(dim, keepdim=True)
+
+
+def logits_of(probabilities: Tensor, activation: Activation) -> Tensor:
+    """Values whose `output_activation` gives the probabilities back: the logarithm, or the logit for sigmoid."""
+    bounded = probabilities.clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
+    return torch.logit(bounded) if activation == "sigmoid" else bounded.log()
