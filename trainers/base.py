@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from autossl.data.labels import LabelSchema
-from autossl.networks.prediction import PredictionSpec
+from autossl.networks.prediction import Member, PredictionSpec
 from autossl.planners.plans import ConfigurationPlan
 from autossl.trainers.components.losses import SupervisedLoss
 
@@ -308,6 +308,16 @@ class Job:
         if self.network_builder is None:
             raise ValueError("this job has no network builder")
         return self.network_builder(seed=derive_seed(self.seed, stream), **options)
+
+    def probabilities(self, z: Tensor) -> Tensor:
+        """Float32 probabilities of full-resolution logits [N, C, *S]: softmax, or sigmoid for regions."""
+        return torch.sigmoid(z.float()) if self.schema.has_regions else torch.softmax(z.float(), 1)
+
+    def single_network_prediction(self, name: str) -> PredictionSpec:
+        """The prediction of one network of the plan's own architecture, as most methods deploy it."""
+        member = Member(name=name, architecture=self.configuration.architecture)
+        activation: Literal["sigmoid", "softmax"] = "sigmoid" if self.schema.has_regions else "softmax"
+        return PredictionSpec(members=(member,), activation=activation, combine="single")
 
 
 class SemiSupervisedTrainer:
