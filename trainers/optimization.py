@@ -50,12 +50,12 @@ class GroupOptimizer:
 
 def default_groups(parts: Parts) -> tuple[ParameterGroup, ...]:
     """One group with nnU-Net's optimizer per trained part that has parameters."""
-    return tuple(ParameterGroup(name) for name, module in parts.trained.items() if any(True for _ in module.parameters()))
+    return tuple(
+        ParameterGroup(name) for name, module in parts.trained.items() if any(True for _ in module.parameters())
+    )
 
 
-def group_optimizers(
-    parts: Parts, phase: Phase, previous: Sequence[GroupOptimizer] = ()
-) -> list[GroupOptimizer]:
+def group_optimizers(parts: Parts, phase: Phase, previous: Sequence[GroupOptimizer] = ()) -> list[GroupOptimizer]:
     """The optimizers of a phase; groups that the phase before had with the same optimizer keep their state.
 
     Raises:

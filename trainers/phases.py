@@ -33,7 +33,7 @@ class Timetable:
         for phase in phases:
             passed += phase.share
             borders.append(round(total * passed / whole))
-        self.spans = [Span(p, start, end) for p, start, end in zip(phases, borders, borders[1:], strict=True)]
+        self.spans = [Span(p, start, end) for p, start, end in zip(phases, borders[:-1], borders[1:], strict=True)]
         for span in self.spans:
             if span.end <= span.start:
                 raise ValueError(f"phase '{span.phase.name}' gets no step of {total}: train for more steps")

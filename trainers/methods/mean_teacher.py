@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -30,14 +32,18 @@ class MeanTeacherSettings(MethodSettings):
     lambda_max: float = setting(0.1, "weight of the consistency term after its ramp", BENCHMARK, ge=0)
     ramp_end: float = setting(1.0, "fraction of the run at which the ramp ends", BENCHMARK, ge=0)
     ema_decay_max: float | None = setting(
-        None, "upper limit of the teacher's decay; default: the plan's horizon", "ours: 1 - 300 / T in 0.99..0.999", ge=0, lt=1
+        None,
+        "upper limit of the teacher's decay; None: the plan's horizon",
+        "ours: 1 - 300 / T in 0.99..0.999",
+        ge=0,
+        lt=1,
     )
     noise: float = setting(0.1, "sigma of the teacher's input noise, in standard deviations", BENCHMARK, ge=0)
-    student_noise: bool = setting(False, "independent noise on the student's input as well", "ours", strict=False)
+    student_noise: bool = setting(False, "independent noise on the student's input as well", "ours")
     consist_labeled: bool = setting(False, "consistency on labeled patches as well (the original paper does)", "ours")
     class_scale: bool = setting(False, "multiply the term by C / 2, against its shrinking with many classes", "ours")
     labeled_only: bool = setting(False, "without unlabeled cases: consistency on the labeled ones", "ours")
-    infer: str = setting("student", "which weights predict: student or teacher", BENCHMARK, pattern="^(student|teacher)$")
+    infer: Literal["student", "teacher"] = setting("student", "which weights predict", BENCHMARK)
 
 
 class MeanTeacher(SemiSupervisedTrainer):

@@ -21,8 +21,8 @@ class Supervised(SemiSupervisedTrainer):
     name = "supervised"
     title = "Supervised training on the labeled cases alone"
     citation = (
-        "F. Isensee, P. F. Jaeger, S. A. A. Kohl, J. Petersen, K. H. Maier-Hein. nnU-Net: a self-configuring method for "
-        "deep learning-based biomedical image segmentation. Nature Methods 18, 2021."
+        "F. Isensee, P. F. Jaeger, S. A. A. Kohl, J. Petersen, K. H. Maier-Hein. nnU-Net: a self-configuring method "
+        "for deep learning-based biomedical image segmentation. Nature Methods 18, 2021."
     )
     Settings = MethodSettings
     reduces_to_supervised = True
