@@ -1,0 +1,145 @@
+"""dataset.json: what the channels and labels of a raw dataset are, under nnU-Net v2's keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from autossl.data.files import read_json
+from autossl.data.image_io import FILE_ENDINGS
+from autossl.data.labels import LabelSchema
+from autossl.data.problems import InvalidInput, Problem, nearest
+
+
+class DatasetDescription(BaseModel):
+    """The content of dataset.json. Keys that are not known here are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    channel_names: dict[int, str] = Field(min_length=1)
+    """Channel number from 0 → name; the name decides the normalization ("CT", say)."""
+    labels: dict[str, int | tuple[int, ...]]
+    """Name → label value, or values of a region; background is 0, "ignore" marks unannotated voxels."""
+    file_ending: str
+    regions_class_order: tuple[int, ...] | None = None
+    channel_groups: dict[str, tuple[int, ...]] | None = None
+    """Name → channels that belong together, for methods that treat them apart."""
+
+    @field_validator("channel_names", mode="before")
+    @classmethod
+    def _list_of_channels(cls, value: Any) -> Any:
+        return dict(enumerate(value)) if isinstance(value, list) else value
+
+    @field_validator("channel_names")
+    @classmethod
+    def _channels_count_up(cls, value: dict[int, str]) -> dict[int, str]:
+        if sorted(value) != list(range(len(value))):
+            raise ValueError(f"channels are numbered {sorted(value)}, expected 0 to {len(value) - 1}")
+        return dict(sorted(value.items()))
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names_to_values(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value and all(str(k).isdigit() and isinstance(v, str) for k, v in value.items()):
+            turned = {name: int(number) for number, name in value.items()}
+            raise ValueError(f"labels map numbers to names, expected names to numbers: {turned}")
+        return value
+
+    @field_validator("file_ending")
+    @classmethod
+    def _known_ending(cls, value: str) -> str:
+        if value not in FILE_ENDINGS:
+            raise ValueError(f"'{value}' cannot be read, expected one of {nearest(value, FILE_ENDINGS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DatasetDescription:
+        faults = [*self._label_faults(), *self._region_faults(), *self._group_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def n_channels(self) -> int:
+        """Image channels."""
+        return len(self.channel_names)
+
+    def label_schema(self) -> LabelSchema:
+        """Labels, or regions where a name stands for several values."""
+        return LabelSchema(self._values_by_name(), self.regions_class_order if self._has_regions() else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, unknown keys included, keys that were not given left out."""
+        content = self.model_dump(mode="json", exclude_unset=True)
+        return content | {"channel_names": {str(number): name for number, name in self.channel_names.items()}}
+
+    def _values_by_name(self) -> dict[str, tuple[int, ...]]:
+        return {name: (value,) if isinstance(value, int) else tuple(value) for name, value in self.labels.items()}
+
+    def _has_regions(self) -> bool:
+        return any(len(values) > 1 for values in self._values_by_name().values())
+
+    def _label_faults(self) -> list[str]:
+        named = self._values_by_name()
+        faults = [f"labels: '{name}' has the value {v}" for name, values in named.items() for v in values if v < 0]
+        faults += [f"labels: '{name}' has no value" for name, values in named.items() if not values]
+        if named.get("background") != (0,):
+            faults.append('labels: "background" is missing or not 0')
+        if len(named) < 2:
+            faults.append("labels: no class besides the background")
+        everything = [value for name, values in named.items() if name != "ignore" for value in values]
+        if "ignore" in named and (len(named["ignore"]) != 1 or named["ignore"][0] <= max(everything, default=0)):
+            faults.append('labels: "ignore" must be one value, higher than all others')
+        if not self._has_regions() and len(set(everything)) < len(everything):
+            faults.append("labels: two names share a value")
+        return faults
+
+    def _region_faults(self) -> list[str]:
+        if not self._has_regions():
+            return []
+        regions = [name for name in self.labels if name not in ("background", "ignore")]
+        order = self.regions_class_order
+        if order is None:
+            return ["regions_class_order: missing, though a label stands for several values"]
+        faults = []
+        if len(order) != len(regions):
+            faults.append(f"regions_class_order: {len(order)} values for the {len(regions)} regions {regions}")
+        undeclared = set(order) - {value for values in self._values_by_name().values() for value in values}
+        if undeclared:
+            faults.append(f"regions_class_order: {sorted(undeclared)} are no label values")
+        return faults
+
+    def _group_faults(self) -> list[str]:
+        return [
+            f"channel_groups: '{name}' names channel {channel}, there are 0 to {self.n_channels - 1}"
+            for name, channels in (self.channel_groups or {}).items()
+            for channel in channels
+            if channel not in self.channel_names
+        ]
+
+
+def read_description(path: Path) -> DatasetDescription:
+    """Reads dataset.json (the file, or the folder that holds it).
+
+    Raises:
+        InvalidInput: with every fault found in it.
+    """
+    path = Path(path) / "dataset.json" if Path(path).is_dir() else Path(path)
+    content = read_json(path)
+    try:
+        return DatasetDescription.model_validate(content)
+    except ValidationError as error:
+        raise InvalidInput([_as_problem(path, fault) for fault in error.errors()]) from error
+
+
+def _as_problem(path: Path, fault: Any) -> Problem:
+    field = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    return Problem(
+        f"{field}: {message}" if field else message,
+        'channel_names {"0": "CT"}, labels {"background": 0, "liver": 1}, file_ending ".nii.gz", as in nnU-Net v2',
+        "correct dataset.json",
+        file=path,
+    )
