@@ -36,6 +36,8 @@ SUPERVISED = "supervised"
 MAX_BAD_STREAK = 20
 """A term that is not finite so many times in a row stops the run (COMMON.md, rule 3)."""
 
+DRAW_EVERY_S = 60.0
+
 
 class ClosableBatches(Protocol):
     """Batches in the order of the steps; closing ends its workers."""
@@ -179,7 +181,7 @@ class TrainingLoop:
             return
         path = self.folder / "checkpoint_latest.pth"
         write_checkpoint(path, self.state())
-        log.draw()
+        log.draw(at_most_every_s=DRAW_EVERY_S)
         if stopping:
             raise TrainingInterrupted(self.step, path)
 

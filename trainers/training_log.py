@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class TrainingLog:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._lines = kept
         self._tensorboard = _tensorboard_writer(folder)
+        self._drawn_at = time.monotonic()
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -81,10 +83,11 @@ class TrainingLog:
                 for name, value in line.get(group, {}).items():
                     self._tensorboard.add_scalar(f"{group}/{name}", value, line["step"])
 
-    def draw(self) -> None:
-        """Writes `progress.png`: losses, measures, learning rate and speed over the steps."""
-        if self._lines:
+    def draw(self, at_most_every_s: float = 0.0) -> None:
+        """Writes `progress.png`: losses, measures, learning rate and speed over the steps; not again too soon."""
+        if self._lines and time.monotonic() - self._drawn_at >= at_most_every_s:
             draw_progress(self.picture, self._lines)
+            self._drawn_at = time.monotonic()
 
     def close(self) -> None:
         """Draws the final picture and closes the event file."""

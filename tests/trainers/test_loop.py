@@ -110,7 +110,9 @@ class TwoPhases(SemiSupervisedTrainer):
         return self.job.single_network_prediction("network")
 
 
-def make_loop(folder: Path, total: int = 16, method: type[SemiSupervisedTrainer] = TwoPhases, **options: Any) -> TrainingLoop:
+def make_loop(
+    folder: Path, total: int = 16, method: type[SemiSupervisedTrainer] = TwoPhases, **options: Any
+) -> TrainingLoop:
     folder.mkdir(parents=True, exist_ok=True)
     job = toy_job(total_steps=total)
     trainer = method(job, MethodSettings())
@@ -130,7 +132,11 @@ def make_loop(folder: Path, total: int = 16, method: type[SemiSupervisedTrainer]
 
 def weights_of(loop: TrainingLoop) -> dict[str, Tensor]:
     modules = {**loop.method.parts.trained, **loop.method.parts.followers}
-    return {f"{part}.{name}": value.clone() for part, module in modules.items() for name, value in module.state_dict().items()}
+    return {
+        f"{part}.{name}": value.clone()
+        for part, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 def test_timetable_puts_borders_on_whole_steps() -> None:
