@@ -1,0 +1,270 @@
+"""Scores a folder of predicted label maps against a folder of references and writes summary.json."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autossl.data.files import write_json
+from autossl.data.geometry import Geometry
+from autossl.data.image_io import FILE_ENDINGS, file_ending_of, read_label
+from autossl.data.labels import LabelSchema
+from autossl.data.parallel import parallel_map
+from autossl.data.problems import InvalidInput, Problem
+from autossl.evaluation.metrics import ClassScores, mean_of_defined, score_case, undeclared_values
+
+logger = logging.getLogger(__name__)
+
+EMPTY_MASK_RULE = (
+    "prediction and reference both empty: metric undefined (null), left out of the means and counted (n_both_empty); "
+    "only the reference empty: Dice and IoU 0, relative volume error undefined (n_false_alarm); "
+    "only the prediction empty: Dice and IoU 0, relative volume error -1 (n_missed); "
+    "voxels with the ignore label in the reference count nowhere"
+)
+SIDE_MAP_SUFFIXES = ("_uncertainty", "_entropy", "_disagreement")
+"""Files that predicting writes beside CASE.nii.gz; they are no label maps."""
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """One class (or region) over all cases."""
+
+    means: Mapping[str, float]
+    """Metric name → mean over the cases where it is defined; NaN where it is nowhere."""
+    n_defined: Mapping[str, int]
+    """Metric name → number of cases in its mean."""
+    n_both_empty: int
+    n_false_alarm: int
+    n_missed: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a folder of predictions reached."""
+
+    predictions: Path
+    references: Path
+    cases: Mapping[str, Mapping[str, ClassScores]]
+    """Case id → class name → scores, sorted by case id."""
+    without_prediction: tuple[str, ...] = ()
+    """References that were left out because they have no prediction; only where the caller allowed it."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Foreground classes or regions, in output order."""
+        return list(next(iter(self.cases.values())))
+
+    def class_summary(self, name: str) -> ClassSummary:
+        """Means and counts of one class."""
+        scores = [case[name] for case in self.cases.values()]
+        means = {metric: mean_of_defined(s.metrics[metric] for s in scores) for metric in scores[0].metrics}
+        kinds = Counter((s.confusion.n_prediction > 0, s.confusion.n_reference > 0) for s in scores)
+        return ClassSummary(
+            means={metric: mean for metric, (mean, _) in means.items()},
+            n_defined={metric: number for metric, (_, number) in means.items()},
+            n_both_empty=kinds[False, False],
+            n_false_alarm=kinds[True, False],
+            n_missed=kinds[False, True],
+        )
+
+    @property
+    def foreground_mean(self) -> dict[str, float]:
+        """Metric name → mean over the classes of the means over cases; NaN where no class has one."""
+        summaries = [self.class_summary(name) for name in self.class_names]
+        return {metric: mean_of_defined(s.means[metric] for s in summaries)[0] for metric in summaries[0].means}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values as summary.json holds them; what is undefined is null."""
+        return {
+            "predictions": str(self.predictions),
+            "references": str(self.references),
+            "empty_mask_rule": EMPTY_MASK_RULE,
+            "n_cases": len(self.cases),
+            "references_without_prediction": list(self.without_prediction),
+            "foreground_mean": _plain(self.foreground_mean),
+            "classes": {name: _summary_json(self.class_summary(name)) for name in self.class_names},
+            "cases": {
+                case: {name: _scores_json(scores) for name, scores in classes.items()}
+                for case, classes in self.cases.items()
+            },
+        }
+
+
+def evaluate_folder(
+    predictions: Path,
+    references: Path,
+    schema: LabelSchema,
+    *,
+    output: Path | None = None,
+    only_predicted: bool = False,
+    n_workers: int | None = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Scores every case that has a reference; both folders hold CASE.<ending>, endings may differ.
+
+    Args:
+        predictions: Folder of predicted label maps; uncertainty maps in it are passed over.
+        references: Folder of reference label maps.
+        schema: What the label values mean.
+        output: Where summary.json is written, atomically; None writes nothing.
+        only_predicted: Leave out references that have no prediction (named in the result) instead of refusing.
+        n_workers: Processes; None takes one per CPU.
+        progress: Called with (cases done, cases in all) after each case.
+
+    Raises:
+        InvalidInput: Cases missing on either side, grids that differ, undeclared values, unreadable files: all of them.
+    """
+    pairs, without = _match_cases(Path(predictions), Path(references), only_predicted)
+    scored: dict[str, Mapping[str, ClassScores]] = {}
+    problems: list[Problem] = []
+    results = parallel_map(partial(_score_pair, schema=schema), pairs, n_workers, name_of=lambda pair: pair.case)
+    for number, (pair, result) in enumerate(zip(pairs, results, strict=True), start=1):
+        if isinstance(result, list):
+            problems += result
+        else:
+            scored[pair.case] = result
+        if progress is not None:
+            progress(number, len(pairs))
+    if problems:
+        raise InvalidInput(problems, title=f"{len(problems)} problems in {predictions} against {references}:")
+    evaluation = Evaluation(Path(predictions), Path(references), scored, without)
+    if output is not None:
+        write_json(Path(output), evaluation.to_json())
+    return evaluation
+
+
+def label_files(folder: Path) -> dict[str, Path]:
+    """Label maps of a folder, case id → file, sorted; side maps such as uncertainties are passed over.
+
+    Raises:
+        InvalidInput: The folder does not exist, holds no label map, or a case twice (with different endings).
+    """
+    if not folder.is_dir():
+        raise InvalidInput(
+            Problem("the folder does not exist", "a folder of label maps", "check the path", file=folder)
+        )
+    files: dict[str, Path] = {}
+    twice: list[Problem] = []
+    for path in sorted(folder.iterdir()):
+        ending = file_ending_of(path)
+        case = path.name[: len(path.name) - len(ending)]
+        if not ending or path.name.startswith(".") or case.endswith(SIDE_MAP_SUFFIXES):
+            continue
+        if case in files:
+            fix = "remove the one that does not belong here"
+            twice.append(Problem(f"also there as {files[case].name}", "one file per case", fix, case=case, file=path))
+        files[case] = path
+    if twice:
+        raise InvalidInput(twice)
+    if not files:
+        wanted = f"files CASE{{ending}} with an ending of {', '.join(FILE_ENDINGS)}"
+        raise InvalidInput(Problem("no label map in the folder", wanted, "check the path", file=folder))
+    return files
+
+
+@dataclass(frozen=True)
+class _Pair:
+    case: str
+    prediction: Path
+    reference: Path
+
+
+def _match_cases(predictions: Path, references: Path, only_predicted: bool) -> tuple[list[_Pair], tuple[str, ...]]:
+    """Pairs by case id, and the references without a prediction (empty unless they are allowed)."""
+    predicted, referenced = label_files(predictions), label_files(references)
+    extra = [case for case in predicted if case not in referenced]
+    missing = [case for case in referenced if case not in predicted]
+    problems = [
+        Problem(
+            "predicted, but has no reference",
+            f"a label map of this case in {references}",
+            "move the prediction elsewhere or add its reference",
+            case=case,
+            file=predicted[case],
+        )
+        for case in extra
+    ]
+    if missing and only_predicted:
+        logger.warning("%d references have no prediction and are left out: %s", len(missing), ", ".join(missing))
+    else:
+        problems += [
+            Problem(
+                "has a reference, but was not predicted",
+                f"a label map of this case in {predictions}",
+                "predict it, or pass --only_predicted to leave such cases out",
+                case=case,
+                file=referenced[case],
+            )
+            for case in missing
+        ]
+    if problems:
+        raise InvalidInput(problems, title=f"{len(problems)} cases of {predictions} and {references} have no partner:")
+    pairs = [_Pair(case, path, referenced[case]) for case, path in predicted.items()]
+    return pairs, tuple(missing)
+
+
+def _score_pair(pair: _Pair, schema: LabelSchema) -> dict[str, ClassScores] | list[Problem]:
+    """The scores of a case, or all that keeps it from being scored."""
+    maps, problems = [], []
+    for path in (pair.prediction, pair.reference):
+        try:
+            maps.append(read_label(path, "native"))
+        except InvalidInput as error:
+            problems += [Problem(p.found, p.expected, p.fix, case=pair.case, file=p.file) for p in error.problems]
+    if problems:
+        return problems
+    (prediction, _, geometry), (reference, _, reference_geometry) = maps
+    for path, label_map in ((pair.prediction, prediction), (pair.reference, reference)):
+        unknown = undeclared_values(label_map, schema)
+        if unknown:
+            expected = f"the declared values {', '.join(str(value) for value in schema.values)}"
+            fix = "evaluate with the dataset that the label map belongs to"
+            problems.append(Problem(f"label values {unknown[:10]}", expected, fix, case=pair.case, file=path))
+    differences = geometry.differences(reference_geometry)
+    if differences:
+        found = f"another grid than its reference: {'; '.join(differences)}"
+        expected = f"the grid of {pair.reference}"
+        fix = "predict from the image that the reference was drawn on, or resample the label map"
+        problems.append(Problem(found, expected, fix, case=pair.case, file=pair.prediction))
+    return problems or score_case(prediction, reference, schema, _voxel_volume_mm3(reference_geometry))
+
+
+def _voxel_volume_mm3(geometry: Geometry) -> float | None:
+    """None where a voxel has no volume: pictures, and images with two axes only."""
+    if geometry.kind == "natural" or len(geometry.size_xyz) < 3:
+        return None
+    axes = np.reshape(geometry.direction, (3, 3)) * np.asarray(geometry.spacing_xyz)
+    return float(abs(np.linalg.det(axes)))  # sheared axes span less than the product of the spacings
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _summary_json(summary: ClassSummary) -> dict[str, Any]:
+    return {
+        "mean": _plain(summary.means),
+        "n_defined": dict(summary.n_defined),
+        "n_both_empty": summary.n_both_empty,
+        "n_false_alarm": summary.n_false_alarm,
+        "n_missed": summary.n_missed,
+    }
+
+
+def _scores_json(scores: ClassScores) -> dict[str, Any]:
+    counts = scores.confusion
+    return _plain(scores.metrics) | {
+        "n_prediction": counts.n_prediction,
+        "n_reference": counts.n_reference,
+        "true_positive": counts.true_positive,
+        "false_positive": counts.false_positive,
+        "false_negative": counts.false_negative,
+    }

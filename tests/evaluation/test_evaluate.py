@@ -1,0 +1,153 @@
+"""Folders of label maps are matched, checked as a whole, scored and summarized."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from autossl.data.labels import LabelSchema
+from autossl.data.problems import InvalidInput
+from autossl.evaluation.evaluate import evaluate_folder
+
+SCHEMA = LabelSchema({"background": (0,), "organ": (1,), "core": (2,)})
+SPACING_XYZ = (2.0, 5.0, 10.0)  # 100 mm³: ten voxels are 1 mL
+
+
+def write(path: Path, values: list[int], spacing: tuple[float, float, float] = SPACING_XYZ) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.array(values, dtype=np.uint8).reshape(-1, 1, 1)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([*spacing, 1.0])), path)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    write(predictions / "a.nii.gz", [1, 1, 0, 0])
+    write(references / "a.nii.gz", [1, 0, 0, 0])
+    write(predictions / "b.nii.gz", [1, 0, 2, 0])
+    write(references / "b.nii.gz", [1, 0, 0, 0])
+    write(predictions / "c.nii.gz", [1, 0, 0, 0])
+    write(references / "c.nii", [1, 0, 2, 2])
+    return predictions, references
+
+
+def problems_of(folders: tuple[Path, Path]) -> list[str]:
+    with pytest.raises(InvalidInput) as caught:
+        evaluate_folder(*folders, SCHEMA)
+    return [f"{problem.case}: {problem.found}" for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_means_leave_out_undefined_cases_and_count_all_kinds_of_empty(
+    folders: tuple[Path, Path], n_workers: int
+) -> None:
+    evaluation = evaluate_folder(*folders, SCHEMA, n_workers=n_workers)
+    organ, core = evaluation.class_summary("organ"), evaluation.class_summary("core")
+    assert organ.means["dice"] == pytest.approx((2 / 3 + 1 + 1) / 3)
+    assert core.means["dice"] == 0.0
+    assert core.n_defined == {"dice": 2, "iou": 2, "volume_error_relative": 1, "volume_difference_ml": 2}
+    assert core.means["volume_error_relative"] == -1.0
+    assert core.means["volume_difference_ml"] == pytest.approx((0.1 - 0.2) / 2)
+    assert (core.n_both_empty, core.n_false_alarm, core.n_missed) == (1, 1, 1)
+    assert evaluation.foreground_mean["dice"] == pytest.approx((2 / 3 + 1 + 1) / 6)
+
+
+def test_summary_json_holds_the_same_figures_with_null_for_undefined(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    evaluation = evaluate_folder(*folders, SCHEMA, output=tmp_path / "out" / "summary.json")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == evaluation.to_json()
+    assert summary["cases"]["a"]["core"]["dice"] is None
+    assert summary["cases"]["a"]["organ"] == {
+        "dice": pytest.approx(2 / 3),
+        "iou": 0.5,
+        "volume_error_relative": 1.0,
+        "volume_difference_ml": pytest.approx(0.1),
+        "n_prediction": 2,
+        "n_reference": 1,
+        "true_positive": 1,
+        "false_positive": 1,
+        "false_negative": 0,
+    }
+    assert summary["n_cases"] == 3
+    assert "both empty" in summary["empty_mask_rule"]
+
+
+def test_cases_without_a_partner_are_all_named(folders: tuple[Path, Path]) -> None:
+    predictions = folders[0]
+    write(predictions / "only_predicted.nii.gz", [0, 0, 0, 0])
+    (predictions / "b.nii.gz").unlink()
+    (predictions / "c.nii.gz").unlink()
+    assert problems_of(folders) == [
+        "only_predicted: predicted, but has no reference",
+        "b: has a reference, but was not predicted",
+        "c: has a reference, but was not predicted",
+    ]
+
+
+def test_missing_predictions_can_be_left_out_and_are_named(folders: tuple[Path, Path]) -> None:
+    (folders[0] / "b.nii.gz").unlink()
+    evaluation = evaluate_folder(*folders, SCHEMA, only_predicted=True)
+    assert list(evaluation.cases) == ["a", "c"]
+    assert evaluation.to_json()["references_without_prediction"] == ["b"]
+
+
+def test_everything_that_is_wrong_inside_files_is_told_at_once(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    write(predictions / "a.nii.gz", [1, 1, 0, 0], spacing=(2.0, 5.0, 11.0))
+    write(predictions / "b.nii.gz", [1, 0, 9, 0, 0])
+    (references / "c.nii").write_bytes(b"")
+    found = problems_of(folders)
+    assert [line.split(":")[0] for line in found] == ["a", "b", "b", "c"]
+    assert "spacing (2, 5, 11) against (2, 5, 10)" in found[0]
+    assert "label values [9]" in found[1]
+    assert "size (5, 1, 1) against (4, 1, 1)" in found[2]
+    assert "empty" in found[3]
+
+
+def test_nothing_is_written_when_something_is_wrong(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (folders[0] / "b.nii.gz").unlink()
+    with pytest.raises(InvalidInput):
+        evaluate_folder(*folders, SCHEMA, output=tmp_path / "summary.json")
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_uncertainty_maps_beside_the_label_maps_are_no_cases(folders: tuple[Path, Path]) -> None:
+    write(folders[0] / "a_uncertainty.nii.gz", [0, 0, 0, 0])
+    assert list(evaluate_folder(*folders, SCHEMA).cases) == ["a", "b", "c"]
+
+
+def test_a_case_in_two_formats_is_refused(folders: tuple[Path, Path]) -> None:
+    write(folders[0] / "a.nii", [1, 1, 0, 0])
+    assert problems_of(folders) == ["a: also there as a.nii"]
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_folder_without_label_maps_is_refused(folders: tuple[Path, Path], tmp_path: Path, present: bool) -> None:
+    empty = tmp_path / "empty"
+    if present:
+        empty.mkdir()
+    with pytest.raises(InvalidInput, match="no label map in the folder" if present else "does not exist"):
+        evaluate_folder(empty, folders[1], SCHEMA)
+
+
+def test_pictures_have_no_volume_in_ml(tmp_path: Path) -> None:
+    for name in ("predictions", "references"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.array([[0, 1], [1, 2]], dtype=np.uint8)).save(tmp_path / name / "a.png")
+    scores = evaluate_folder(tmp_path / "predictions", tmp_path / "references", SCHEMA).cases["a"]["organ"]
+    assert scores.metrics["dice"] == 1.0
+    assert math.isnan(scores.metrics["volume_difference_ml"])
+
+
+def test_progress_counts_every_case(folders: tuple[Path, Path]) -> None:
+    seen: list[tuple[int, int]] = []
+    evaluate_folder(*folders, SCHEMA, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
