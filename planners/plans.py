@@ -37,6 +37,8 @@ DATA_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
+OUR_PLAN_KEYS = ("preset", "orientation", "semi_supervised", "why")
+OUR_CONFIGURATION_KEYS = ("mirror_axes", "labeled_batch_size", "unlabeled_batch_size")
 
 
 class _Schema(BaseModel):
@@ -248,6 +250,24 @@ class Plans(_Schema):
     def to_json(self) -> dict[str, Any]:
         """Plain values under nnU-Net's key names."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def to_nnunet_json(self) -> dict[str, Any]:
+        """The same decisions as nnU-Net v2 writes them: without our fields, with the cascade that 3d_lowres brings.
+
+        The cascade is nnU-Net's own: it is named for that program's sake and cannot be trained here.
+        """
+        content = {key: value for key, value in self.to_json().items() if key not in OUR_PLAN_KEYS}
+        content["configurations"] = {
+            name: {key: value for key, value in plan.items() if key not in OUR_CONFIGURATION_KEYS}
+            for name, plan in content["configurations"].items()
+        }
+        if {"3d_lowres", "3d_fullres"} <= set(content["configurations"]):
+            content["configurations"]["3d_lowres"]["next_stage"] = "3d_cascade_fullres"
+            content["configurations"]["3d_cascade_fullres"] = {
+                "inherits_from": "3d_fullres",
+                "previous_stage": "3d_lowres",
+            }
+        return content
 
     def hash(self) -> str:
         """Hash of every decision; the reasons are left out."""
