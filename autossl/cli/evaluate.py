@@ -1,0 +1,83 @@
+"""`autossl_evaluate`: scores a folder of segmentations against references."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autossl.cli.options import add_workers, add_workspace, label_pair
+from autossl.cli.progress import CommandProgress
+from autossl.cli.run_command import new_parser, run_command
+
+if TYPE_CHECKING:
+    from autossl.data.labels import LabelSchema
+
+EPILOG = """\
+Per case and class: Dice, IoU, relative volume error, volume difference in mL.
+A class that is empty in prediction and reference has no value and is left out of the means (and counted).
+
+example: autossl_evaluate --predictions OUT --references labelsTs -d 4 -o summary.json"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(_parser(), _evaluate, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("autossl_evaluate", EPILOG)
+    parser.add_argument("--predictions", type=Path, required=True, metavar="FOLDER", help="segmentations to score")
+    parser.add_argument("--references", type=Path, required=True, metavar="FOLDER", help="label maps of the same cases")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("-d", "--dataset", metavar="DATASET", help="dataset whose labels these are (4 or its name)")
+    labels.add_argument(
+        "--labels",
+        type=label_pair,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="the labels themselves: organ=1 core=2; several values make a region: whole=1,2; ignore=3 is left out",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: summary.json in the folder of predictions"
+    )
+    parser.add_argument(
+        "--only_predicted", action="store_true", help="leave out references that have no prediction, and name them"
+    )
+    add_workers(parser, "read and score")
+    add_workspace(parser)
+    return parser
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from autossl.cli.tables import print_evaluation
+    from autossl.evaluation.evaluate import evaluate_folder
+
+    output = arguments.output or arguments.predictions / "summary.json"
+    with CommandProgress(arguments.quiet) as progress:
+        evaluation = evaluate_folder(
+            arguments.predictions,
+            arguments.references,
+            _label_schema(arguments),
+            output=output,
+            only_predicted=arguments.only_predicted,
+            n_workers=arguments.num_processes,
+            progress=progress.part("cases"),
+        )
+    print_evaluation(evaluation)
+    print(f"every case: {output}")
+
+
+def _label_schema(arguments: argparse.Namespace) -> LabelSchema:
+    from autossl.data.description import read_description
+    from autossl.data.workspace import Workspace
+    from autossl.evaluation.label_schemas import find_label_schema, schema_of_labels
+
+    if arguments.labels:
+        return schema_of_labels(arguments.labels)
+    if arguments.dataset:
+        workspace = Workspace.locate(arguments.workspace)
+        folder = workspace.raw_folder(workspace.find_dataset(arguments.dataset))
+        return read_description(folder).label_schema()
+    return find_label_schema(arguments.predictions, arguments.references)

@@ -1,0 +1,96 @@
+"""Options that several commands have, and how their texts become values."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_workspace(parser: argparse.ArgumentParser) -> None:
+    """--workspace."""
+    parser.add_argument(
+        "--workspace",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with raw/, preprocessed/ and results/ (default: $AUTOSSL_WORKSPACE, else ./autossl_workspace)",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser, work: str) -> None:
+    """-np."""
+    parser.add_argument(
+        "-np",
+        "--num_processes",
+        type=non_negative,
+        metavar="N",
+        help=f"processes that {work} (default: one per CPU, fewer where memory is short)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 or mps (default: auto, the fastest)"
+    )
+
+
+def setting_pair(text: str) -> tuple[str, str]:
+    """'key=value' as a pair."""
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise argparse.ArgumentTypeError(f"'{text}' is no key=value pair")
+    return key, value
+
+
+def label_pair(text: str) -> tuple[str, tuple[int, ...]]:
+    """'name=1' or 'name=1,2' (a region) as name and label values."""
+    name, value = setting_pair(text)
+    try:
+        values = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected whole numbers, as in organ=1 or whole=1,2") from None
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"'{text}': label values are 0 or higher")
+    return name, values
+
+
+def label_change(text: str) -> tuple[int, int]:
+    """'OLD=NEW' as two label values."""
+    old, new = setting_pair(text)
+    if not (old.isdigit() and new.isdigit()):
+        raise argparse.ArgumentTypeError(f"'{text}': expected OLD=NEW with whole numbers, as in 255=1")
+    return int(old), int(new)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = non_negative(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("0 is too small, expected 1 or more")
+    return number
+
+
+def non_negative(text: str) -> int:
+    """A whole number, 0 or above."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 0 or more")
+    return int(text)
+
+
+def positive_real(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    number = positive_real(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text} is too large, expected at most 1")
+    return number

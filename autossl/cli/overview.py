@@ -1,0 +1,30 @@
+"""`autossl`: prints the list of commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from autossl.version import __version__
+
+COMMANDS = {
+    "autossl_plan_and_preprocess": "Measure a dataset, plan its configurations, and preprocess its cases.",
+    "autossl_train": "Train a method on folds of a planned dataset.",
+    "autossl_predict": "Segment a folder of images with a trained run.",
+    "autossl_evaluate": "Score a folder of segmentations against references.",
+    "autossl_methods": "List the training methods, or show one with its settings.",
+    "autossl_demo": "Run everything on a small made-up dataset, in a few minutes.",
+}
+"""Command → what it does, in the order in which they are used; also the description of each command's --help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints one line per command."""
+    parser = argparse.ArgumentParser(prog="autossl", description="Print the commands of autossl, one line each.")
+    parser.add_argument("--version", action="version", version=f"autossl {__version__}")
+    parser.parse_args(argv)
+    width = max(len(name) for name in COMMANDS)
+    for name, meaning in COMMANDS.items():
+        print(f"{name:<{width}}  {meaning}")
+    print("Each explains itself with --help.")
+    return 0

@@ -1,0 +1,169 @@
+"""What all commands share: their parser, logging, and how a fault becomes a message and an exit code.
+
+Exit codes: 0 done, 1 failed (disk full, memory, a worker that died), 2 the user's input is wrong, 130 interrupted.
+A traceback is shown only for what nobody foresaw, because that is ours to mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+from autossl.cli.overview import COMMANDS
+from autossl.version import __version__
+
+FAILED, INVALID, INTERRUPTED = 1, 2, 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def new_parser(command: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command, with the options that all commands have."""
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=COMMANDS[command],
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"autossl {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more while working")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say warnings and results only")
+    return parser
+
+
+def run_command(
+    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
+) -> int:
+    """Parses, runs the action and returns the exit code; raises only what nobody foresaw.
+
+    Args:
+        parser: From `new_parser`.
+        action: Calls the function behind the command and prints what it returns.
+        argv: Arguments without the program's name; None takes the command line's.
+    """
+    arguments = parser.parse_args(argv)
+    _configure_logging(arguments.verbose, arguments.quiet)
+    try:
+        action(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read our output has seen enough (autossl_methods | head); keep the interpreter from flushing again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        _say(f"{parser.prog}: interrupted. What is finished is kept; run the command again to go on.")
+        return INTERRUPTED
+    except Exception as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        code, message = explained
+        _say(f"{parser.prog}: {message}")
+        return code
+    return 0
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a question that long work can ask; the second one interrupts at once."""
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        _say("stopping: the state is being saved (press Ctrl-C again to stop at once)")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _StandardError(logging.Handler):
+    """Writes to whatever sys.stderr is at that moment, so that lines go above a live progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+            sys.stderr.write(f"{prefix}{self.format(record)}\n")
+        except Exception:
+            self.handleError(record)
+
+
+def _configure_logging(verbose: bool, quiet: bool) -> None:
+    ours = logging.getLogger("autossl")
+    ours.handlers = [_StandardError()]
+    ours.propagate = False
+    ours.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+
+
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and message for a fault that is not a defect of ours; None where it may be one."""
+    from autossl.data.parallel import WorkerError
+    from autossl.data.problems import InvalidInput
+
+    if isinstance(error, InvalidInput):
+        return INVALID, str(error)
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            return FAILED, _disk_full(cause.filename)
+        if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno in NOT_PERMITTED):
+            return INVALID, _not_permitted(cause)
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return FAILED, f"memory ran out ({cause}). What to do: use fewer workers (-np) or a smaller preset."
+    if isinstance(error, WorkerError):
+        if any(f"[Errno {number}]" in error.details for number in DISK_FULL):
+            return FAILED, _disk_full(None, error.item)
+        return FAILED, str(error)
+    return _explain_training(error)
+
+
+def _explain_training(error: BaseException) -> tuple[int, str] | None:
+    """Ends of a training run that are no defects; by name, because importing the loop imports torch."""
+    name = type(error).__name__
+    if name == "TrainingInterrupted":
+        return INTERRUPTED, str(error)
+    if name == "TrainingDiverged":
+        return FAILED, str(error)
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _disk_full(file: object, case: str | None = None) -> str:
+    place = f" while writing {file}" if file else f" in the work on {case}" if case else ""
+    return (
+        f"the disk is full{place}. Expected: space for the files of this step. "
+        "What to do: free space or choose another --workspace, then run the command again; what is finished is kept."
+    )
+
+
+def _not_permitted(error: OSError) -> str:
+    place = f" {error.filename}" if error.filename else ""
+    return (
+        f"the system refuses access to{place} ({error.strerror}). Expected: a place that this user may read and write. "
+        "What to do: change its permissions, or choose another folder."
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
