@@ -221,7 +221,8 @@ def _all_sizes(space: _Space, preset: Preset) -> tuple[dict[str, Sizes], dict[st
         return sizes, notes
     low, notes["3d_lowres"] = find_lowres(full)
     if low is not None:
-        sizes["3d_lowres"] = low
+        why = low.why | {"spacing": notes["3d_lowres"].removeprefix("planned: ")}
+        sizes["3d_lowres"] = replace(low, why=why)
     return sizes, notes
 
 

@@ -42,7 +42,7 @@ OUR_CONFIGURATION_KEYS = ("mirror_axes", "labeled_batch_size", "unlabeled_batch_
 
 
 class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Architecture(_Schema):
@@ -69,8 +69,12 @@ class Architecture(_Schema):
         for key in ("features_per_stage", "kernel_sizes", "strides"):
             if len(kwargs.get(key, ())) != stages:
                 raise ValueError(f"arch_kwargs.{key} has {len(kwargs.get(key, ()))} entries, expected {stages}")
-        if any(not isinstance(f, int) or not 1 <= f <= 4096 for f in kwargs["features_per_stage"]):
+        if any(not _is_count(f, 4096) for f in kwargs["features_per_stage"]):
             raise ValueError("arch_kwargs.features_per_stage must be integers from 1 to 4096")
+        for key, largest in (("strides", 8), ("kernel_sizes", 31)):
+            _check_per_axis(key, kwargs[key], largest)
+        if len(kwargs["strides"][0]) != len(kwargs["kernel_sizes"][0]):
+            raise ValueError("arch_kwargs.strides and arch_kwargs.kernel_sizes differ in their number of axes")
         return self
 
     @property
@@ -125,11 +129,11 @@ class ConfigurationPlan(_Schema):
             raise ValueError(f"{value} is no patch: expected 2 or 3 positive numbers, at most 512 cubed voxels in all")
         return value
 
-    @field_validator("spacing")
+    @field_validator("spacing", "median_image_size_in_voxels")
     @classmethod
-    def _spacing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(not math.isfinite(v) or v <= 0 for v in value):
-            raise ValueError(f"{value} must be positive numbers in mm")
+            raise ValueError(f"{value} must be positive numbers")
         return value
 
     @field_validator("normalization_schemes")
@@ -222,7 +226,25 @@ class Plans(_Schema):
         channels = {c.n_channels for c in self.configurations.values()}
         if len(channels) > 1:
             raise ValueError(f"configurations disagree on the number of channels: {sorted(channels)}")
+        recommended = self.semi_supervised.recommended_configuration
+        if recommended not in self.configurations:
+            raise ValueError(
+                f"semi_supervised.recommended_configuration '{recommended}' is not in configurations "
+                f"({', '.join(self.configurations) or 'there are none'})"
+            )
+        self._check_intensities()
         return self
+
+    def _check_intensities(self) -> None:
+        """Channels that are normalized by the dataset's intensities need them."""
+        for name, plan in self.configurations.items():
+            for channel, scheme in enumerate(plan.normalization_schemes):
+                known = self.foreground_intensity_properties_per_channel
+                if scheme == "CTNormalization" and str(channel) not in known:
+                    raise ValueError(
+                        f"configurations.{name}.normalization_schemes: channel {channel} is CTNormalization, but "
+                        f"foreground_intensity_properties_per_channel has {', '.join(known) or 'no channel'}"
+                    )
 
     def configuration(self, name: str) -> ConfigurationPlan:
         """The named configuration; raises `InvalidInput` with the nearest names."""
@@ -274,6 +296,23 @@ class Plans(_Schema):
         return content_hash({key: value for key, value in self.to_json().items() if key != "why"})
 
 
+def _message(fault: Any) -> str:
+    return str(fault["msg"]).removeprefix("Value error, ")
+
+
+def _is_count(value: Any, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+
+
+def _check_per_axis(key: str, stages: Any, largest: int) -> None:
+    """Every stage holds 2 or 3 integers, the same number in each."""
+    for stage in stages:
+        if not isinstance(stage, list | tuple) or len(stage) not in (2, 3) or len(stage) != len(stages[0]):
+            raise ValueError(f"arch_kwargs.{key} holds {stage!r}, expected 2 or 3 integers per stage, as many in each")
+        if any(not _is_count(value, largest) for value in stage):
+            raise ValueError(f"arch_kwargs.{key} holds {stage!r}, expected integers from 1 to {largest}")
+
+
 def read_plans(path: Path) -> Plans:
     """Reads and checks plans; raises `InvalidInput` that names each field that makes no sense."""
     content = read_json(path)
@@ -282,14 +321,16 @@ def read_plans(path: Path) -> Plans:
     except ValidationError as error:
         problems = [
             Problem(
-                f"{'.'.join(str(part) for part in fault['loc']) or 'the plan'}: {fault['msg']}",
+                f"{'.'.join(str(part) for part in fault['loc']) or 'the plan'}: {_message(fault)}",
                 "plans as autossl_plan_and_preprocess writes them",
                 "undo the edit of this field or plan again",
                 file=path,
             )
             for fault in error.errors()
         ]
-        raise InvalidInput(problems, title=f"{path} makes no sense in {len(problems)} places:") from error
+        raise InvalidInput(
+            problems, title=f"{path} makes no sense in {len(problems)} place{'s'[: len(problems) > 1]}:"
+        ) from error
 
 
 def write_plans(path: Path, plans: Plans) -> None:
