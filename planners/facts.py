@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,22 +11,13 @@ import numpy as np
 from autossl.data.image_io import orientation_for
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
+from autossl.planners.budget import BudgetStatistics, class_statistics
 from autossl.planners.plans import IntensityProperties
 from autossl.planners.spacing import FloatArray
 
 if TYPE_CHECKING:
     from autossl.data.raw_dataset import DatasetDescription
     from autossl.planners.fingerprint import Fingerprint
-
-
-@dataclass(frozen=True)
-class ClassEvidence:
-    """What the labeled cases say about the shape of one class."""
-
-    is_single_component: bool
-    is_elliptic: bool
-    single_component_note: str = ""
-    elliptic_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,8 +38,8 @@ class DatasetFacts:
     median_relative_size_after_crop: float
     intensities: Mapping[str, IntensityProperties]
     """Of the labeled foreground, by channel number as text."""
-    classes: Mapping[str, ClassEvidence] = field(default_factory=dict)
-    """By the name of the class or region."""
+    statistics: BudgetStatistics | None = None
+    """What all labeled cases say about the classes; None: not measured."""
 
     def __post_init__(self) -> None:
         if not self.spacings_zyx_mm:
@@ -96,10 +87,11 @@ def dataset_facts(
 ) -> DatasetFacts:
     """What planning needs of a fingerprint. Without a number of patients, each labeled case counts as one."""
     labeled = {name: case for name, case in fingerprint.cases.items() if case.pool == "labeled"}
+    schema = description.label_schema()
     return DatasetFacts(
         dataset_name=dataset_name,
         channel_names=tuple(description.channel_names.values()),
-        schema=description.label_schema(),
+        schema=schema,
         orientation=orientation_for(description.file_ending),
         file_ending=description.file_ending,
         spacings_zyx_mm=tuple(case.spacing_zyx_mm for case in labeled.values()),
@@ -111,6 +103,7 @@ def dataset_facts(
             channel: IntensityProperties.model_validate(dict(properties))
             for channel, properties in fingerprint.foreground_intensity_properties_per_channel.items()
         },
+        statistics=class_statistics(fingerprint.cases, list(labeled), schema),
     )
 
 

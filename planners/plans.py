@@ -192,7 +192,9 @@ class SemiSupervisedPlan(_Schema):
     ramp_end_fraction: float = Field(ge=0)
     ema_decay_max: float = Field(ge=0, lt=1)
     single_component_classes: tuple[int, ...]
+    """Output channels whose classes are one piece in the labeled cases (softmax: the first class is 1; regions: 0)."""
     elliptic_classes: tuple[int, ...]
+    """Output channels whose classes are ellipses or ellipsoids in the labeled cases."""
     recommended_configuration: str
     recommended_method: str
 

@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from autossl.data.labels import LabelSchema
 from autossl.planners.configurations import Sizes
-from autossl.planners.facts import ClassEvidence, DatasetFacts
+from autossl.planners.facts import DatasetFacts
 from autossl.planners.plans import SemiSupervisedPlan
 from autossl.planners.presets import Preset
 
@@ -26,6 +25,7 @@ FEW_LABELED_PATIENTS = 10
 METHODS_FOR_FEW = ("fixmatch", "unimatch", "mean_teacher", "self_training")
 METHODS_FOR_MANY = ("self_training", "fixmatch", "unimatch", "mean_teacher")
 WITHOUT_UNLABELED = "supervised"
+NOT_MEASURED = "the shapes of the classes were not measured"
 SIDES = {"left": "right", "lt": "rt", "lh": "rh", "l": "r"}
 
 Why = dict[str, str]
@@ -119,13 +119,6 @@ def recommend_method(n_labeled_patients: int, n_unlabeled: int, available: Colle
     return WITHOUT_UNLABELED, f"{counts}: none of {', '.join(order)} exists"
 
 
-def written_values(schema: LabelSchema, names: Iterable[str]) -> tuple[int, ...]:
-    """The label value that each of these classes or regions is written with."""
-    values = schema.written_values if schema.has_regions else schema.written_values[1:]
-    by_name = dict(zip(schema.foreground, values, strict=True))
-    return tuple(by_name[name] for name in names)
-
-
 @dataclass(frozen=True)
 class Decided:
     """The plan's semi-supervised part and its reasons by dotted path."""
@@ -145,8 +138,8 @@ def decide(facts: DatasetFacts, preset: Preset, sizes: Mapping[str, Sizes], meth
     """
     steps, steps_why = total_steps(preset, facts.n_labeled_patients)
     decay = ema_decay_max(steps)
-    single, single_why = _gated(facts, "is_single_component", "single_component_note")
-    elliptic, elliptic_why = _gated(facts, "is_elliptic", "elliptic_note")
+    statistics = facts.statistics
+    classes = list(statistics.classes.values()) if statistics else []
     configuration, configuration_why = recommend_configuration(sizes)
     method, method_why = recommend_method(facts.n_labeled_patients, facts.n_unlabeled, methods)
     plan = SemiSupervisedPlan(
@@ -154,8 +147,8 @@ def decide(facts: DatasetFacts, preset: Preset, sizes: Mapping[str, Sizes], meth
         warm_up_fraction=WARM_UP_FRACTION,
         ramp_end_fraction=RAMP_END_FRACTION,
         ema_decay_max=decay,
-        single_component_classes=written_values(facts.schema, single),
-        elliptic_classes=written_values(facts.schema, elliptic),
+        single_component_classes=statistics.single_component_classes if statistics else (),
+        elliptic_classes=statistics.elliptic_classes if statistics else (),
         recommended_configuration=configuration,
         recommended_method=method,
     )
@@ -173,8 +166,8 @@ def decide(facts: DatasetFacts, preset: Preset, sizes: Mapping[str, Sizes], meth
             f"clip(1 - {EMA_WINDOWS}/{steps}, {EMA_RANGE[0]}, {EMA_RANGE[1]}): the teacher averages the last "
             f"{round(1 / (1 - decay))} steps"
         ),
-        "single_component_classes": single_why,
-        "elliptic_classes": elliptic_why,
+        "single_component_classes": "; ".join(found.single_component_why for found in classes) or NOT_MEASURED,
+        "elliptic_classes": "; ".join(found.elliptic_why for found in classes) or NOT_MEASURED,
         "recommended_configuration": configuration_why,
         "recommended_method": method_why,
     }
@@ -188,13 +181,6 @@ def batch_reasons(batch_size: int, n_unlabeled: int) -> Why:
         "labeled_batch_size": f"the preset's batch of {batch_size}, the same as in a supervised run",
         "unlabeled_batch_size": unlabeled if n_unlabeled else f"{unlabeled}; unused, there is no unlabeled case",
     }
-
-
-def _gated(facts: DatasetFacts, gate: str, note: str) -> tuple[list[str], str]:
-    evidence: Mapping[str, ClassEvidence] = facts.classes
-    passed = [name for name in facts.schema.foreground if name in evidence and getattr(evidence[name], gate)]
-    notes = [f"{name}: {getattr(evidence[name], note)}" for name in facts.schema.foreground if name in evidence]
-    return passed, "; ".join(notes) or "no class was measured"
 
 
 def _side_and_rest(name: str) -> tuple[str, tuple[str, ...]]:

@@ -14,7 +14,9 @@ import pytest
 
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput
-from autossl.planners.facts import ClassEvidence, DatasetFacts
+from autossl.planners.budget import class_statistics
+from autossl.planners.case_scan import CaseFingerprint
+from autossl.planners.facts import DatasetFacts
 from autossl.planners.plan_experiment import PlanOptions, plan_from_facts
 from autossl.planners.plans import IntensityProperties, Plans, read_plans, write_plans
 from autossl.planners.presets import PRESETS
@@ -181,15 +183,31 @@ def test_every_decision_has_its_reason(facts: DatasetFacts, preset: str) -> None
         assert not reason.endswith(".")
 
 
-def test_gated_classes_follow_the_evidence() -> None:
-    classes = {
-        "front": ClassEvidence(True, False, "58 of 60 cases", "mean ellipse Dice 0.90"),
-        "back": ClassEvidence(True, True, "60 of 60 cases", "mean ellipse Dice 0.97"),
-    }
-    plans = _plans(replace(HIPPOCAMPUS, classes=classes))
-    assert plans.semi_supervised.single_component_classes == (1, 2)
+def _case(front_pieces: tuple[int, float], back_fit: float) -> CaseFingerprint:
+    return CaseFingerprint(
+        pool="labeled",
+        files={},
+        spacing_zyx_mm=(1, 1, 1),
+        shape_zyx=(36, 50, 35),
+        shape_after_crop_zyx=(36, 50, 35),
+        relative_size_after_crop=1,
+        intensity_quantiles=(),
+        class_voxels={"front": 500, "back": 500},
+        components={"front": front_pieces, "back": (1, 1.0)},
+        ellipticity={"front": 0.9, "back": back_fit},
+        voxel_hash="",
+        robust_hash="",
+    )
+
+
+def test_gated_classes_follow_the_labeled_cases() -> None:
+    cases = {str(number): _case((2, 0.6), 0.97) for number in range(4)}
+    statistics = class_statistics(cases, list(cases), HIPPOCAMPUS.schema)
+    plans = _plans(replace(HIPPOCAMPUS, statistics=statistics))
+    assert plans.semi_supervised.single_component_classes == (2,)
     assert plans.semi_supervised.elliptic_classes == (2,)
-    assert "back: mean ellipse Dice 0.97" in plans.why["semi_supervised.elliptic_classes"]
+    assert "0 of 4" in plans.why["semi_supervised.single_component_classes"]
+    assert "0.970 over 4 of 4" in plans.why["semi_supervised.elliptic_classes"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from autossl.data.labels import LabelSchema
 from autossl.planners.presets import PRESETS
 from autossl.planners.semi_supervised import (
     ema_decay_max,
@@ -12,7 +11,6 @@ from autossl.planners.semi_supervised import (
     mirror_axes,
     recommend_method,
     total_steps,
-    written_values,
 )
 
 
@@ -92,10 +90,3 @@ def test_the_recommended_method_exists(labeled: int, unlabeled: int, available: 
     decided, why = recommend_method(labeled, unlabeled, available)
     assert decided == method
     assert str(unlabeled) in why or why == "no unlabeled case"
-
-
-def test_classes_are_given_by_the_value_they_are_written_with() -> None:
-    labels = LabelSchema({"background": (0,), "tumor": (3,), "organ": (1,)})
-    assert written_values(labels, ["tumor", "organ"]) == (3, 1)
-    regions = LabelSchema({"background": (0,), "whole": (1, 2), "core": (2,)}, regions_class_order=(1, 2))
-    assert written_values(regions, ["core"]) == (2,)
