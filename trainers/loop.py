@@ -54,8 +54,8 @@ class BatchSource(Protocol):
     def batches(self, steps: Sequence[tuple[int, BatchRequest]]) -> ClosableBatches:
         """One batch per step, a function of the step alone."""
 
-    def reload_store(self, store: str) -> None:
-        """A pseudo-label store has a new version."""
+    def reload_store(self, store: str, step: int) -> None:
+        """From now on batches come with the version of the store that was made at `step`."""
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,8 @@ class TrainingLoop:
             if at > self.step:
                 break
             if self._refresh is not None:
-                self._refresh(refresh, self.step)
-                self.source.reload_store(refresh.store)
-                self._place()  # prediction may have moved or switched modes
+                self._refresh(refresh, at)
+                self.source.reload_store(refresh.store, at)
             self._refreshes_done += 1
 
     def _reinitialize(self, phase: Phase) -> None:
@@ -339,6 +338,9 @@ class TrainingLoop:
         self.skipped_steps = progress["skipped_steps"]
         self._bad_streaks = dict(progress["bad_streaks"])
         self._dropped_terms = dict(progress["dropped_terms"])
+        latest = {refresh.store: at for at, refresh in self.timetable.refreshes[: self._refreshes_done]}
+        for store, at in latest.items():
+            self.source.reload_store(store, at)
 
     # ------------------------------------------------------------------------------------------------------- device
 

@@ -58,3 +58,12 @@ def content_hash(content: Any, digits: int = 10) -> str:
     """Hexadecimal hash of a JSON-able value, independent of the order of keys."""
     text = json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def file_hash(path: Path, digits: int = 16) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()[:digits]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from toys import toy_batch, toy_job
 from torch import Tensor
 
 from autossl.networks.prediction import PredictionSpec
@@ -32,6 +31,7 @@ from autossl.trainers.components.ema import EMATeacher
 from autossl.trainers.loop import LoopOptions, TrainingDiverged, TrainingInterrupted, TrainingLoop
 from autossl.trainers.methods.supervised import Supervised
 from autossl.trainers.phases import Timetable
+from toys import toy_batch, toy_job
 
 
 class ToySource:
@@ -40,14 +40,14 @@ class ToySource:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.asked: list[tuple[int, BatchRequest]] = []
-        self.reloaded: list[str] = []
+        self.reloaded: list[tuple[str, int]] = []
 
     def batches(self, steps: Sequence[tuple[int, BatchRequest]]) -> ToySource.Stream:
         self.asked += steps
         return ToySource.Stream(toy_batch(self.job, step, r.labeled.count, r.unlabeled.count) for step, r in steps)
 
-    def reload_store(self, store: str) -> None:
-        self.reloaded.append(store)
+    def reload_store(self, store: str, step: int) -> None:
+        self.reloaded.append((store, step))
 
     class Stream:
         """A closable iterator."""
@@ -152,8 +152,8 @@ def test_timetable_puts_borders_on_whole_steps() -> None:
 def test_phases_train_their_groups_and_call_refreshes(tmp_path: Path) -> None:
     loop = make_loop(tmp_path)
     before = weights_of(loop)
+    loop._should_stop = lambda: loop.step == 4
     with pytest.raises(TrainingInterrupted):
-        loop._should_stop = lambda: loop.step == 4
         loop.run()
     after_head = weights_of(loop)
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after_head[name])}
@@ -165,7 +165,7 @@ def test_phases_train_their_groups_and_call_refreshes(tmp_path: Path) -> None:
     assert any(name.startswith("network.encoder") for name in moved_now)
     assert not any(name.startswith("network.decoder.seg_layers") for name in moved_now), "in no group: not trained"
     assert loop.refreshed == [("maps", 8)]  # type: ignore[attr-defined]
-    assert loop.source.reloaded == ["maps"]  # type: ignore[attr-defined]
+    assert loop.source.reloaded == [("maps", 8)]  # type: ignore[attr-defined]
     assert loop.method.parts.memory["calls"] == 16
 
 

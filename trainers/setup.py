@@ -1,0 +1,366 @@
+"""From what was asked for to a run that can start: every check before anything is written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autossl.data.description import DatasetDescription
+from autossl.data.files import file_hash
+from autossl.data.labels import LabelSchema
+from autossl.data.problems import InvalidInput, Problem
+from autossl.data.raw_dataset import Case, RawDataset, read_raw_dataset
+from autossl.data.runs import RunSpec, run_folder, tag_for
+from autossl.data.splits import Fold, Split, fold_cases, load_or_make_split, split_cases
+from autossl.data.store import CaseStore
+from autossl.data.workspace import Workspace
+from autossl.networks.build import build_network
+from autossl.planners.fingerprint import Fingerprint, budget_statistics, read_fingerprint
+from autossl.planners.plan_and_preprocess import find_plans
+from autossl.planners.plans import Architecture, ConfigurationPlan, Plans
+from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
+from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
+from autossl.trainers.components.losses import SupervisedLoss
+from autossl.trainers.registry import make_settings, method_class
+from autossl.version import __version__
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What `autossl_train` is asked for; None leaves a decision to the plan."""
+
+    dataset: str
+    configuration: str
+    folds: tuple[str, ...]
+    """Fold numbers, "all" (train on everything), or "all_folds" alone."""
+    method: str = "supervised"
+    workspace: Path | None = None
+    preset: str | None = None
+    steps: int | None = None
+    hours: float | None = None
+    """For all folds of this call together."""
+    labeled: str | None = None
+    """Benchmark budget: cases, or a fraction with a point."""
+    draw: int = 0
+    seed: int = 0
+    device: str = "auto"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    tag: str | None = None
+    initial_weights: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    num_workers: int | None = None
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """A resolved request."""
+
+    request: TrainRequest
+    workspace: Workspace
+    raw: RawDataset
+    description: DatasetDescription
+    fingerprint: Fingerprint
+    plans: Plans
+    split: Split
+    method: type[SemiSupervisedTrainer]
+    settings: MethodSettings
+    folds: dict[str, Fold]
+    device: str
+
+    @property
+    def configuration(self) -> ConfigurationPlan:
+        """The plan of the chosen configuration."""
+        return self.plans.configuration(self.request.configuration)
+
+    @cached_property
+    def schema(self) -> LabelSchema:
+        """Of the dataset."""
+        return self.description.label_schema()
+
+    @property
+    def store(self) -> CaseStore:
+        """The preprocessed cases."""
+        folder = self.workspace.preprocessed_folder(self.raw.name)
+        return CaseStore(folder / "data" / self.plans.data_hash(self.request.configuration))
+
+    @cached_property
+    def _cases(self) -> dict[str, Case]:
+        return {case.id: case for case in self.raw.cases}
+
+    def label_file(self, case: str) -> Path:
+        """The raw label of a validation case; read after training only."""
+        label = self._cases[case].label
+        if label is None:
+            raise ValueError(f"case {case} has no label")
+        return label
+
+    def with_cases_of(self, spec: RunSpec) -> RunSetup:
+        """The same setup with the cases that the run's folds were started with."""
+        return replace(self, folds={fold: spec.folds[fold] for fold in self.folds})
+
+    # --------------------------------------------------------------------------------------------------- one fold
+
+    def statistics(self, fold: str) -> Any:
+        """Class statistics of the fold's labeled training cases alone."""
+        return budget_statistics(self.fingerprint, list(self.folds[fold].labeled), self.schema)
+
+    def job(self, fold: str, total_steps: int) -> Job:
+        """What the method may know of this fold."""
+        plan, cases, semi = self.configuration, self.folds[fold], self.plans.semi_supervised
+        statistics = self.statistics(fold)
+        return Job(
+            configuration=plan,
+            schema=self.schema,
+            n_labeled=len(cases.labeled),
+            n_unlabeled=len(cases.unlabeled),
+            total_steps=total_steps,
+            seed=self.request.seed,
+            labeled_batch_size=plan.labeled_batch_size,
+            unlabeled_batch_size=plan.unlabeled_batch_size,
+            ema_decay_max=ema_horizon(total_steps),
+            warm_up_fraction=semi.warm_up_fraction,
+            channel_std=channel_stds(self.plans, plan),
+            supervised_loss=SupervisedLoss(
+                regions=self.schema.has_regions,
+                batch_dice=plan.batch_dice,
+                has_ignore=self.schema.ignore_label is not None,
+            ),
+            single_component_classes=statistics.single_component_classes,
+            elliptic_classes=statistics.elliptic_classes,
+            network_builder=NetworkBuilder(plan, self.schema.n_outputs),
+        )
+
+    def streams(self, fold: str) -> Streams:
+        """Paths of what the fold may see: no label path of an unlabeled case exists in here."""
+        cases, masked = self.folds[fold], any(self.configuration.use_mask_for_norm)
+
+        def nonzero(case: str) -> Path | None:
+            return self.store.nonzero_path(case) if masked else None
+
+        def attributes(case: str) -> dict[str, str]:
+            return {"patient": self._cases[case].patient, **self._cases[case].attributes}
+
+        return Streams(
+            labeled=tuple(
+                LabeledCase(
+                    id=case,
+                    image=self.store.image_path(case),
+                    label=self.store.label_path(case),
+                    locations=self.store.locations_path(case),
+                    nonzero=nonzero(case),
+                    attributes=attributes(case),
+                )
+                for case in cases.labeled
+            ),
+            unlabeled=tuple(
+                UnlabeledCase(case, self.store.image_path(case), nonzero(case), attributes(case))
+                for case in cases.unlabeled
+            ),
+        )
+
+    def spec(self, total_steps: int) -> RunSpec:
+        """The whole specification of the run, for run.json."""
+        request, plan = self.request, self.configuration
+        settings = self.settings.model_dump(mode="json")
+        defaults = type(self.settings)().model_dump(mode="json")
+        changed = {key: value for key, value in settings.items() if value != defaults[key]}
+        initial = request.initial_weights
+        return RunSpec(
+            dataset=self.raw.name,
+            split=self.split.name,
+            configuration=request.configuration,
+            preset=self.plans.preset,
+            method=self.method.name,
+            tag=request.tag or tag_for(changed),
+            seed=request.seed,
+            plans_hash=self.plans.hash(),
+            settings=settings,
+            changed_settings=changed,
+            total_steps=total_steps,
+            labeled_batch_size=plan.labeled_batch_size,
+            unlabeled_batch_size=plan.unlabeled_batch_size,
+            initial_weights=file_hash(initial) if initial is not None else None,
+            folds=self.folds,
+            fold_facts={fold: self.statistics(fold).model_dump(mode="json") for fold in self.folds},
+            threads=torch.get_num_threads(),
+            device=self.device,
+            versions={"autossl": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        )
+
+    def folder(self, spec: RunSpec) -> Path:
+        """The run's folder."""
+        return run_folder(self.workspace, spec)
+
+
+@dataclass(frozen=True)
+class NetworkBuilder:
+    """Builds networks of a plan, or of the other architecture with the same stages."""
+
+    plan: ConfigurationPlan
+    n_outputs: int
+
+    def __call__(
+        self,
+        seed: int,
+        architecture: Architecture | None = None,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+    ) -> torch.nn.Module:
+        """A freshly initialized network in training mode, with deep supervision."""
+        return build_network(
+            architecture or self.plan.architecture,
+            in_channels or self.plan.n_channels,
+            out_channels or self.n_outputs,
+            seed=seed,
+        )
+
+
+def ema_horizon(total_steps: int) -> float:
+    """Upper limit of a teacher's decay, clip(1 - 300 / T, 0.99, 0.999), for the run's own number of steps."""
+    return min(max(1 - 300 / total_steps, 0.99), 0.999)
+
+
+def channel_stds(plans: Plans, plan: ConfigurationPlan) -> tuple[float, ...]:
+    """Standard deviation of each channel after normalization; 1 for schemes that make it so."""
+    stds = []
+    for index, scheme in enumerate(plan.normalization_schemes):
+        found = plans.foreground_intensity_properties_per_channel.get(str(index))
+        scale = 1.0
+        if found is not None and scheme == "NoNormalization":
+            scale = found.std
+        elif found is not None and scheme == "RGBTo01Normalization":
+            scale = found.std / 255
+        elif found is not None and scheme == "RescaleTo01Normalization":
+            scale = found.std / max(found.max - found.min, 1e-8)
+        stds.append(scale)
+    return tuple(stds)
+
+
+def resolve(request: TrainRequest) -> RunSetup:
+    """Looks up and checks everything that the request names; writes nothing but a split that is drawn the first time.
+
+    Raises:
+        InvalidInput: unknown dataset, configuration, preset, method, setting, fold or device; a budget that cannot be
+            met; cases that were not preprocessed; plans of another dataset.
+    """
+    _check_numbers(request)
+    workspace = Workspace.locate(request.workspace)
+    dataset = workspace.find_dataset(request.dataset)
+    folder = workspace.preprocessed_folder(dataset)
+    plans = find_plans(folder, request.preset)
+    if plans.dataset_name != dataset:
+        raise InvalidInput(
+            Problem(
+                f"{plans.plans_name}.json in {folder} belongs to {plans.dataset_name}",
+                f"plans of {dataset}",
+                f"plan again with autossl_plan_and_preprocess -d {dataset}",
+            )
+        )
+    plans.configuration(request.configuration)
+    method = method_class(request.method)
+    settings = make_settings(method, dict(request.settings))
+    device = resolve_device(request.device)
+    raw = read_raw_dataset(workspace.raw_folder(dataset))
+    fingerprint = read_fingerprint(folder)
+    split = load_or_make_split(
+        folder, split_cases(raw), request.labeled, request.draw, duplicates=fingerprint.duplicates
+    )
+    names = [str(n) for n in range(len(split.folds))] if request.folds == ("all_folds",) else list(request.folds)
+    folds = {name: fold_cases(split, name) for name in names}
+    setup = RunSetup(
+        request, workspace, raw, raw.description, fingerprint, plans, split, method, settings, folds, device
+    )
+    _check_needs(setup)
+    _check_preprocessed(setup)
+    return setup
+
+
+def resolve_device(name: str) -> str:
+    """"auto" takes CUDA, else Apple's GPU, else the CPU; a named device must exist."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind in available and available[kind] > (int(index) if index.isdigit() else 0) and (not index or index.isdigit()):
+        return name
+    there = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
+    raise InvalidInput(Problem(f"device '{name}' does not exist here", f"auto or one of: {there}", "choose one of these"))
+
+
+def _check_numbers(request: TrainRequest) -> None:
+    problems = []
+    if request.steps is not None and request.hours is not None:
+        problems.append(Problem("--steps and --hours together", "one of them", "leave one out"))
+    if request.steps is not None and request.steps < 1:
+        problems.append(Problem(f"--steps {request.steps}", "at least 1", "give a positive number"))
+    if request.hours is not None and request.hours <= 0:
+        problems.append(Problem(f"--hours {request.hours}", "more than 0", "give a positive number"))
+    if request.num_workers is not None and not 0 <= request.num_workers <= 256:
+        problems.append(Problem(f"--num_workers {request.num_workers}", "0 to 256", "give a number in this range"))
+    if not request.folds:
+        problems.append(Problem("no fold", "fold numbers, all_folds or all", "name at least one"))
+    if "all_folds" in request.folds and len(request.folds) > 1:
+        problems.append(Problem("all_folds beside other folds", "all_folds alone", "leave the others out"))
+    if request.resume and request.overwrite:
+        problems.append(Problem("--resume and --overwrite together", "one of them", "leave one out"))
+    if request.initial_weights is not None and not request.initial_weights.is_file():
+        problems.append(
+            Problem("--init names no file", "a checkpoint", "check the path", file=request.initial_weights)
+        )
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _check_needs(setup: RunSetup) -> None:
+    needs, plan, name = setup.method.needs, setup.configuration, setup.method.name
+    problems = []
+    if plan.dims not in needs.dims:
+        dims = " or ".join(f"{d}D" for d in needs.dims)
+        problems.append(
+            Problem(
+                f"{setup.request.configuration} is {plan.dims}D", f"{dims}, which {name} needs", "choose another method"
+            )
+        )
+    if needs.softmax_only and setup.schema.has_regions:
+        problems.append(Problem("the labels are regions", f"plain labels, which {name} needs", "choose another method"))
+    if needs.modalities > plan.n_channels:
+        problems.append(
+            Problem(
+                f"the images have {plan.n_channels} channel(s)",
+                f"at least {needs.modalities}, which {name} needs",
+                "choose another method",
+            )
+        )
+    for fold, cases in setup.folds.items():
+        if not cases.labeled:
+            problems.append(
+                Problem(f"fold {fold} has no labeled training case", "at least one", "choose another fold or budget")
+            )
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _check_preprocessed(setup: RunSetup) -> None:
+    wanted = {case: True for cases in setup.folds.values() for case in (*cases.labeled, *cases.validation)}
+    wanted = {case: False for cases in setup.folds.values() for case in cases.unlabeled} | wanted
+    missing = sorted(case for case, labeled in wanted.items() if not setup.store.has(case, labeled))
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        command = f"autossl_plan_and_preprocess -d {setup.raw.name} --preset {setup.plans.preset}"
+        raise InvalidInput(
+            Problem(
+                f"{len(missing)} of {len(wanted)} cases are not preprocessed for {setup.request.configuration}: {shown}",
+                f"all of them in {setup.store.folder}",
+                f"run {command} -c {setup.request.configuration}",
+            )
+        )

@@ -1,0 +1,45 @@
+"""The loop's source of batches: the fold's streams, and the pseudo-labels of the last refresh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autossl.data.labels import LabelSchema
+from autossl.planners.plans import ConfigurationPlan
+from autossl.trainers.base import BatchRequest
+from autossl.trainers.batches import BatchIterator, BatchMaker, Streams, batch_iterator
+from autossl.trainers.pseudo_labels import PseudoLabelStore
+
+
+@dataclass
+class FoldSource:
+    """Makes the batches of a fold. It knows the paths of what the fold may see, and of nothing else."""
+
+    streams: Streams
+    configuration: ConfigurationPlan
+    schema: LabelSchema
+    seed: int
+    store_folder: Path
+    """Pseudo-label stores lie in its subfolders."""
+    num_workers: int = 0
+    pin_memory: bool = False
+    signed_distance: bool = False
+
+    def batches(self, steps: Sequence[tuple[int, BatchRequest]]) -> BatchIterator:
+        """One batch per step; close it to end its workers."""
+        maker = BatchMaker(
+            self.streams, self.configuration, self.schema, self.seed, signed_distance=self.signed_distance
+        )
+        return batch_iterator(maker, steps, self.num_workers, self.pin_memory)
+
+    def reload_store(self, store: str, step: int) -> None:
+        """From now on patches of the cases in the store come with the version that was made at `step`."""
+        versions = PseudoLabelStore(self.store_folder / store)
+        stored = set(versions.cases(step))
+        unlabeled = tuple(
+            replace(case, stores={**case.stores, store: versions.paths(step, case.id)}) if case.id in stored else case
+            for case in self.streams.unlabeled
+        )
+        self.streams = replace(self.streams, unlabeled=unlabeled)

@@ -1,0 +1,212 @@
+"""Training folds of a run: the function behind `autossl_train`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autossl.data.files import write_json
+from autossl.data.runs import CHECKPOINT_FINAL, CHECKPOINT_LATEST, RunSpec, fold_state, open_run, read_run
+from autossl.inference.checkpoint import read_checkpoint
+from autossl.planners.plans import write_plans
+from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
+from autossl.trainers.initial_weights import load_initial_weights
+from autossl.trainers.loop import LoopOptions, TrainingLoop
+from autossl.trainers.refresh import PoolPredictor
+from autossl.trainers.setup import RunSetup, TrainRequest, resolve
+from autossl.trainers.source import FoldSource
+from autossl.trainers.speed import seconds_per_step, steps_for_hours
+from autossl.trainers.validation import ValidationResult, validate_fold
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["FoldResult", "TrainHooks", "TrainRequest", "TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainHooks:
+    """Callbacks of a command; all may be None."""
+
+    on_start: Callable[[str, RunSetup, RunSpec, Path], None] | None = None
+    """(fold, setup, specification, run folder), before a fold is trained."""
+    on_step: Callable[[str, int, int, dict[str, float]], None] | None = None
+    """(fold, steps done, total, weighted loss terms)."""
+    on_predict: Callable[[str, int, int, str], None] | None = None
+    """(what, cases done, cases in all, case): pseudo-labels, and validation at the end."""
+    handle_signals: bool = False
+    """SIGTERM and SIGINT save the state and raise `TrainingInterrupted`."""
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What became of one fold."""
+
+    fold: str
+    folder: Path
+    steps: int
+    trained_now: bool
+    """False: it was finished before."""
+    validation: ValidationResult | None
+    """None for the fold that trains on everything."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What became of a call."""
+
+    folder: Path
+    spec: RunSpec
+    folds: tuple[FoldResult, ...]
+
+
+def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult:
+    """Trains the folds that are not finished yet, and predicts their validation cases.
+
+    Raises:
+        InvalidInput: the request cannot be met; nothing was written.
+        TrainingInterrupted: asked to stop; the state was saved.
+        TrainingDiverged: a loss term stayed non-finite.
+    """
+    hooks = hooks or TrainHooks()
+    setup = resolve(request)
+    steps = _total_steps(setup)
+    asked = setup.spec(steps)
+    folder = setup.folder(asked)
+    if request.initial_weights is not None:
+        _check_initial_weights(setup, steps)
+    spec = open_run(folder, asked, request.resume, request.overwrite)
+    setup = setup.with_cases_of(spec)
+    write_plans(folder / "plans.json", setup.plans)
+    write_json(folder / "dataset.json", setup.description.to_json())
+    results = []
+    for fold in setup.folds:
+        if hooks.on_start is not None:
+            hooks.on_start(fold, setup, spec, folder)
+        results.append(_train_fold(setup, fold, spec, folder / f"fold_{fold}", hooks))
+    return TrainResult(folder, spec, tuple(results))
+
+
+def _train_fold(setup: RunSetup, fold: str, spec: RunSpec, folder: Path, hooks: TrainHooks) -> FoldResult:
+    finished = fold_state(folder) == "finished"
+    job = setup.job(fold, spec.total_steps)
+    method = setup.method(job, setup.settings)
+    if not job.has_unlabeled and setup.method.name != "supervised":
+        logger.warning("fold %s has no unlabeled case: %s trains its labeled-only objective", fold, setup.method.name)
+    if not finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        _train_to_the_end(setup, fold, method, spec.total_steps, folder, hooks)
+    validation = None
+    if setup.folds[fold].validation:
+        on_case = _bound(hooks.on_predict, "validation")
+        validation = validate_fold(setup, fold, method, folder, on_case)
+    return FoldResult(fold, folder, spec.total_steps, not finished, validation)
+
+
+def _train_to_the_end(
+    setup: RunSetup, fold: str, method: SemiSupervisedTrainer, steps: int, folder: Path, hooks: TrainHooks
+) -> None:
+    request = setup.request
+    if request.initial_weights is not None:
+        for report in load_initial_weights(method.parts, request.initial_weights):
+            logger.info("--init: %s", report)
+    source = _source(setup, fold, folder)
+    with _stop_signals(hooks.handle_signals) as stopped:
+        loop = TrainingLoop(
+            method,
+            source,
+            folder,
+            loop_options(setup, fold, steps),
+            refresh=PoolPredictor(setup, fold, method, source.store_folder, _bound(hooks.on_predict, "pseudo-labels")),
+            on_progress=_bound(hooks.on_step, fold),
+            should_stop=stopped.is_set,
+        )
+        latest = folder / CHECKPOINT_LATEST
+        if latest.is_file():
+            loop.load_state(read_checkpoint(latest))
+            logger.info("fold %s goes on after step %d of %d", fold, loop.step, steps)
+        loop.run()
+
+
+def loop_options(setup: RunSetup, fold: str, steps: int) -> LoopOptions:
+    """A line of log about 60 times a run, a checkpoint about 12 times, at most 250 and 2500 steps apart."""
+    log_every = max(1, min(250, steps // 60))
+    checkpoint_every = log_every * max(1, min(2500, steps // 12) // log_every)
+    return LoopOptions(
+        total_steps=steps,
+        device=setup.device,
+        compile=setup.request.compile,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        seed=derive_seed(setup.request.seed, "fold", fold),
+    )
+
+
+def default_workers(device: str) -> int:
+    """Loader processes: on a GPU up to 12 of the cores; on a CPU one beside the training, none on a single core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(1, cores - 1) if device == "cpu" else min(12, cores)
+
+
+def _source(setup: RunSetup, fold: str, folder: Path) -> FoldSource:
+    workers = setup.request.num_workers
+    return FoldSource(
+        streams=setup.streams(fold),
+        configuration=setup.configuration,
+        schema=setup.schema,
+        seed=derive_seed(setup.request.seed, "fold", fold),
+        store_folder=folder / "pseudo_labels",
+        num_workers=default_workers(setup.device) if workers is None else workers,
+        pin_memory=setup.device.startswith("cuda"),
+        signed_distance=setup.method.needs.signed_distance,
+    )
+
+
+def _total_steps(setup: RunSetup) -> int:
+    """As asked; by measured speed with --hours (a run that exists keeps its own number); else the plan's."""
+    request = setup.request
+    if request.steps is not None:
+        return request.steps
+    if request.hours is None:
+        return setup.plans.semi_supervised.total_steps
+    started = setup.folder(setup.spec(1)) / "run.json"
+    if request.resume and started.is_file():
+        return read_run(started.parent).total_steps
+    fold = next(iter(setup.folds))
+    method = setup.method(setup.job(fold, 1000), setup.settings)
+    seconds = seconds_per_step(method, _source(setup, fold, Path()), loop_options(setup, fold, 1000))
+    return steps_for_hours(request.hours, seconds, len(setup.folds))
+
+
+def _check_initial_weights(setup: RunSetup, steps: int) -> None:
+    """Raises before anything is written where the file is not ours or nothing in it fits."""
+    if setup.request.initial_weights is not None:
+        fold = next(iter(setup.folds))
+        load_initial_weights(setup.method(setup.job(fold, steps), setup.settings).parts, setup.request.initial_weights)
+
+
+def _bound(callback: Callable[..., None] | None, *first: Any) -> Callable[..., None] | None:
+    return None if callback is None else lambda *rest: callback(*first, *rest)
+
+
+@contextmanager
+def _stop_signals(enabled: bool) -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, instead of ending the process, while the block runs."""
+    stopped = threading.Event()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in signals}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+

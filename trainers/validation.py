@@ -1,0 +1,87 @@
+"""The end of a fold: whole validation cases predicted in their original grid, and their Dice per class.
+
+Nothing of this goes back into training. Everything is called full-volume, because a Dice of patches is another thing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autossl.data.files import read_json, write_json
+from autossl.data.image_io import write_label_map
+from autossl.data.runs import CHECKPOINT_FINAL
+from autossl.evaluation.evaluate import Evaluation, evaluate_folder
+from autossl.inference.checkpoint import read_checkpoint
+from autossl.inference.preprocessed import predict_preprocessed
+from autossl.inference.predictor import Predictor, Window
+from autossl.networks.prediction import PredictionSpec
+from autossl.trainers.base import SemiSupervisedTrainer
+from autossl.trainers.setup import RunSetup
+
+logger = logging.getLogger(__name__)
+
+OnCase = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Full-volume results of a fold's validation cases."""
+
+    summary: Path
+    """summary.json of the deployed prediction."""
+    dice: dict[str, float | None]
+    """Class → mean full-volume Dice over the cases where it is defined."""
+    mean_dice: float | None
+    """Mean over the classes."""
+    alternatives: dict[str, float | None]
+    """Name → mean Dice of predictions that are not deployed (`alternative_predictions`)."""
+
+
+def validate_fold(
+    setup: RunSetup, fold: str, method: SemiSupervisedTrainer, folder: Path, on_case: OnCase | None = None
+) -> ValidationResult:
+    """Predicts with the final weights what is not predicted yet, and scores it.
+
+    Writes `validation/CASE.<ending>`, `validation/summary.json`, and the same for each alternative prediction in
+    `validation_<name>/`.
+    """
+    networks = read_checkpoint(folder / CHECKPOINT_FINAL)["networks"]
+    specs = {"": method.prediction(), **method.alternative_predictions()}
+    n_cases = len(setup.folds[fold].validation)
+    summaries = {}
+    for index, (name, spec) in enumerate(specs.items()):
+        target = folder / (f"validation_{name}" if name else "validation")
+        if not (target / "summary.json").is_file():
+            predictor = _predictor(setup, spec, networks)
+            for done, case in enumerate(setup.folds[fold].validation, 1):
+                path = target / f"{case}{setup.description.file_ending}"
+                if not path.is_file():
+                    label_map, geometry = predict_preprocessed(predictor, setup.store, case, setup.plans, setup.schema)
+                    write_label_map(path, label_map, geometry)
+                if on_case is not None:
+                    on_case(index * n_cases + done, len(specs) * n_cases, case)
+            _score(setup, fold, target)
+        summaries[name] = read_json(target / "summary.json")
+    deployed = summaries.pop("")
+    return ValidationResult(
+        summary=folder / "validation" / "summary.json",
+        dice={name: entry["mean"]["dice"] for name, entry in deployed["classes"].items()},
+        mean_dice=deployed["foreground_mean"]["dice"],
+        alternatives={name: summary["foreground_mean"]["dice"] for name, summary in summaries.items()},
+    )
+
+
+def _predictor(setup: RunSetup, spec: PredictionSpec, networks: dict[str, Any]) -> Predictor:
+    plan = setup.configuration
+    return Predictor.from_state_dicts(spec, [networks], plan, setup.schema, Window.of(plan), setup.device)
+
+
+def _score(setup: RunSetup, fold: str, folder: Path) -> None:
+    references = setup.label_file(setup.folds[fold].validation[0]).parent
+    evaluation: Evaluation = evaluate_folder(folder, references, setup.schema, only_predicted=True)
+    summary = {"what": "full-volume metrics of the fold's validation cases, final weights", **evaluation.to_json()}
+    write_json(folder / "summary.json", summary)
