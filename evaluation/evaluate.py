@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from autossl.data.files import write_json
 from autossl.data.geometry import Geometry
 from autossl.data.image_io import FILE_ENDINGS, file_ending_of, read_label
+from autossl.data.integrity import remap_label_map
 from autossl.data.labels import LabelSchema
 from autossl.data.parallel import parallel_map
 from autossl.data.problems import InvalidInput, Problem
@@ -104,28 +105,33 @@ def evaluate_folder(
     schema: LabelSchema,
     *,
     output: Path | None = None,
+    cases: Collection[str] | None = None,
     only_predicted: bool = False,
+    remap_references: Mapping[int, int] | None = None,
     n_workers: int | None = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Scores every case that has a reference; both folders hold CASE.<ending>, endings may differ.
+    """Scores segmentations against references; both folders hold CASE.<ending>, endings may differ.
 
     Args:
         predictions: Folder of predicted label maps; uncertainty maps in it are passed over.
         references: Folder of reference label maps.
         schema: What the label values mean.
         output: Where summary.json is written, atomically; None writes nothing.
+        cases: Score exactly these, whatever else lies in the folders; None scores every case that has a reference.
         only_predicted: Leave out references that have no prediction (named in the result) instead of refusing.
+        remap_references: OLD → NEW label values of the references, as the dataset was planned with.
         n_workers: Processes; None takes one per CPU.
         progress: Called with (cases done, cases in all) after each case.
 
     Raises:
         InvalidInput: Cases missing on either side, grids that differ, undeclared values, unreadable files: all of them.
     """
-    pairs, without = _match_cases(Path(predictions), Path(references), only_predicted)
+    pairs, without = _match_cases(Path(predictions), Path(references), cases, only_predicted)
     scored: dict[str, Mapping[str, ClassScores]] = {}
     problems: list[Problem] = []
-    results = parallel_map(partial(_score_pair, schema=schema), pairs, n_workers, name_of=lambda pair: pair.case)
+    score = partial(_score_pair, schema=schema, remap_references=remap_references or {})
+    results = parallel_map(score, pairs, n_workers, name_of=lambda pair: pair.case)
     for number, (pair, result) in enumerate(zip(pairs, results, strict=True), start=1):
         if isinstance(result, list):
             problems += result
@@ -177,9 +183,18 @@ class _Pair:
     reference: Path
 
 
-def _match_cases(predictions: Path, references: Path, only_predicted: bool) -> tuple[list[_Pair], tuple[str, ...]]:
+def _match_cases(
+    predictions: Path, references: Path, cases: Collection[str] | None, only_predicted: bool
+) -> tuple[list[_Pair], tuple[str, ...]]:
     """Pairs by case id, and the references without a prediction (empty unless they are allowed)."""
     predicted, referenced = label_files(predictions), label_files(references)
+    if cases is not None:
+        predicted = {case: path for case, path in predicted.items() if case in cases}
+        absent = sorted(set(cases) - set(referenced))
+        if absent:
+            wanted = f"a label map of each in {references}"
+            raise InvalidInput(Problem(f"no reference of {', '.join(absent)}", wanted, "add them", file=references))
+        referenced = {case: path for case, path in referenced.items() if case in cases}
     extra = [case for case in predicted if case not in referenced]
     missing = [case for case in referenced if case not in predicted]
     problems = [
@@ -211,7 +226,9 @@ def _match_cases(predictions: Path, references: Path, only_predicted: bool) -> t
     return pairs, tuple(missing)
 
 
-def _score_pair(pair: _Pair, schema: LabelSchema) -> dict[str, ClassScores] | list[Problem]:
+def _score_pair(
+    pair: _Pair, schema: LabelSchema, remap_references: Mapping[int, int]
+) -> dict[str, ClassScores] | list[Problem]:
     """The scores of a case, or all that keeps it from being scored."""
     maps, problems = [], []
     for path in (pair.prediction, pair.reference):
@@ -222,6 +239,7 @@ def _score_pair(pair: _Pair, schema: LabelSchema) -> dict[str, ClassScores] | li
     if problems:
         return problems
     (prediction, _, geometry), (reference, _, reference_geometry) = maps
+    reference = remap_label_map(reference, remap_references)
     for path, label_map in ((pair.prediction, prediction), (pair.reference, reference)):
         unknown = undeclared_values(label_map, schema)
         if unknown:

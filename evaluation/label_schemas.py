@@ -8,6 +8,8 @@ from pathlib import Path
 from autossl.data.description import read_description
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.workspace import Workspace
+from autossl.planners.fingerprint import read_fingerprint
 
 
 def schema_of_labels(labels: Sequence[tuple[str, tuple[int, ...]]]) -> LabelSchema:
@@ -31,6 +33,19 @@ def schema_of_labels(labels: Sequence[tuple[str, tuple[int, ...]]]) -> LabelSche
         raise InvalidInput(Problem("; ".join(faults), "--labels organ=1 core=2 (or whole=1,2)", "correct --labels"))
     regions = [values[-1] for name, values in names.items() if name not in ("background", "ignore")]
     return LabelSchema(names, tuple(regions) if has_regions else None)
+
+
+def labels_of_dataset(dataset: str, workspace: Path | None = None) -> tuple[LabelSchema, dict[int, int]]:
+    """The schema of a dataset, and the mapping OLD → NEW that its label files are read with (empty: none).
+
+    Raises:
+        InvalidInput: no such dataset, or its dataset.json cannot be used.
+    """
+    place = Workspace.locate(workspace)
+    name = place.find_dataset(dataset)
+    schema = read_description(place.raw_folder(name)).label_schema()
+    fingerprint = place.preprocessed_folder(name) / "fingerprint.json"
+    return schema, dict(read_fingerprint(fingerprint).remap_labels) if fingerprint.is_file() else {}
 
 
 def find_label_schema(predictions: Path, references: Path) -> LabelSchema:

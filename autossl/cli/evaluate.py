@@ -55,13 +55,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from autossl.evaluation.evaluate import evaluate_folder
 
     output = arguments.output or arguments.predictions / "summary.json"
+    schema, remap_references = _labels(arguments)
     with CommandProgress(arguments.quiet) as progress:
         evaluation = evaluate_folder(
             arguments.predictions,
             arguments.references,
-            _label_schema(arguments),
+            schema,
             output=output,
             only_predicted=arguments.only_predicted,
+            remap_references=remap_references,
             n_workers=arguments.num_processes,
             progress=progress.part("cases"),
         )
@@ -69,15 +71,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"every case: {output}")
 
 
-def _label_schema(arguments: argparse.Namespace) -> LabelSchema:
-    from autossl.data.description import read_description
-    from autossl.data.workspace import Workspace
-    from autossl.evaluation.label_schemas import find_label_schema, schema_of_labels
+def _labels(arguments: argparse.Namespace) -> tuple[LabelSchema, dict[int, int]]:
+    """What the values mean, and how those of the references are read (OLD → NEW)."""
+    from autossl.evaluation.label_schemas import find_label_schema, labels_of_dataset, schema_of_labels
 
     if arguments.labels:
-        return schema_of_labels(arguments.labels)
+        return schema_of_labels(arguments.labels), {}
     if arguments.dataset:
-        workspace = Workspace.locate(arguments.workspace)
-        folder = workspace.raw_folder(workspace.find_dataset(arguments.dataset))
-        return read_description(folder).label_schema()
-    return find_label_schema(arguments.predictions, arguments.references)
+        return labels_of_dataset(arguments.dataset, arguments.workspace)
+    return find_label_schema(arguments.predictions, arguments.references), {}

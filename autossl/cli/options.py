@@ -54,12 +54,22 @@ def label_pair(text: str) -> tuple[str, tuple[int, ...]]:
     return name, values
 
 
-def label_change(text: str) -> tuple[int, int]:
-    """'OLD=NEW' as two label values."""
-    old, new = setting_pair(text)
-    if not (old.isdigit() and new.isdigit()):
-        raise argparse.ArgumentTypeError(f"'{text}': expected OLD=NEW with whole numbers, as in 255=1")
-    return int(old), int(new)
+def fold_name(text: str) -> str:
+    """A fold number, 'all' or 'all_folds'."""
+    if text in ("all", "all_folds"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no fold: expected 0, 1, …, all or all_folds")
+    return str(int(text))
+
+
+def label_budget(text: str) -> str:
+    """'8' (cases) or '0.2' (a fraction), as text: 1 case and the fraction 1.0 are not the same."""
+    if text.isdecimal() and int(text) > 0:
+        return str(int(text))
+    if "." in text:
+        return str(share(text))
+    raise argparse.ArgumentTypeError(f"'{text}' is no budget: expected a number of cases (8) or a fraction (0.2)")
 
 
 def positive(text: str) -> int:

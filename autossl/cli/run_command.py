@@ -7,14 +7,12 @@ A traceback is shown only for what nobody foresaw, because that is ours to mend.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 
 from autossl.cli.overview import COMMANDS
 from autossl.version import __version__
@@ -68,26 +66,6 @@ def run_command(
         _say(f"{parser.prog}: {message}")
         return code
     return 0
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a question that long work can ask; the second one interrupts at once."""
-    asked = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        _say("stopping: the state is being saved (press Ctrl-C again to stop at once)")
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class _StandardError(logging.Handler):

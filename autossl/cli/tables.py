@@ -54,6 +54,6 @@ def print_evaluation(evaluation: Evaluation) -> None:
     print_table(columns, rows, title=f"means over {len(evaluation.cases)} cases")
 
 
-def figure(value: float) -> str:
-    """Four decimals; a dash where a metric is undefined."""
-    return "-" if math.isnan(value) else f"{value:.4f}"
+def figure(value: float | None) -> str:
+    """Four decimals; a dash where a metric is undefined (NaN, or null in a file)."""
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from autossl.cli import overview
-from autossl.cli.options import label_change, label_pair, positive, positive_real, setting_pair, share
+from autossl.cli.options import fold_name, label_budget, label_pair, positive, positive_real, setting_pair, share
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "SimpleITK", "scipy", "numpy", "matplotlib", "pydantic", "rich", "blosc2", "skimage", "nibabel")
@@ -76,7 +76,8 @@ def test_texts_of_options_become_values() -> None:
     assert setting_pair("noise=0.2") == ("noise", "0.2")
     assert setting_pair("path=a=b") == ("path", "a=b")
     assert label_pair("whole=1,2") == ("whole", (1, 2))
-    assert label_change("255=1") == (255, 1)
+    assert [fold_name(text) for text in ("0", "07", "all", "all_folds")] == ["0", "7", "all", "all_folds"]
+    assert [label_budget(text) for text in ("8", "0.20", "1.0")] == ["8", "0.2", "1.0"]
     assert positive("3") == 3
     assert positive_real("0.5") == 0.5
     assert share("1") == 1.0
@@ -89,7 +90,11 @@ def test_texts_of_options_become_values() -> None:
         (setting_pair, "=1"),
         (label_pair, "organ=one"),
         (label_pair, "organ=-1"),
-        (label_change, "1=x"),
+        (fold_name, "first"),
+        (fold_name, "-1"),
+        (label_budget, "0"),
+        (label_budget, "1.5"),
+        (label_budget, "many"),
         (positive, "0"),
         (positive, "-1"),
         (positive_real, "nan"),

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from autossl.cli.run_command import new_parser, run_command, stop_requests
+from autossl.cli.run_command import new_parser, run_command
 from autossl.data.parallel import WorkerError
 from autossl.data.problems import InvalidInput, Problem
 
@@ -79,29 +76,6 @@ def test_log_lines_go_to_standard_error_as_asked(
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [*expected, "warning: odd"]
     assert captured.out == ""
-
-
-def test_the_first_stop_request_is_a_question_and_the_second_interrupts() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with stop_requests() as should_stop:
-        assert not should_stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert wait_until(should_stop)
-        with pytest.raises(KeyboardInterrupt):
-            interrupt_and_wait()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def interrupt_and_wait() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
-
-
-def wait_until(question: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 5
-    while not question() and time.monotonic() < end:
-        time.sleep(0.01)
-    return question()
 
 
 def test_a_reader_that_leaves_early_ends_the_command_quietly(tmp_path: Path) -> None:

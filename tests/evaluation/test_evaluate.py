@@ -151,3 +151,22 @@ def test_progress_counts_every_case(folders: tuple[Path, Path]) -> None:
     seen: list[tuple[int, int]] = []
     evaluate_folder(*folders, SCHEMA, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_references_are_read_with_the_mapping_of_the_dataset(folders: tuple[Path, Path]) -> None:
+    write(folders[1] / "a.nii.gz", [255, 0, 0, 0])
+    assert problems_of(folders) == ["a: label values [255]"]
+    evaluation = evaluate_folder(*folders, SCHEMA, remap_references={255: 1})
+    assert evaluation.cases["a"]["organ"].metrics["dice"] == pytest.approx(2 / 3)
+
+
+def test_named_cases_are_scored_and_no_others(folders: tuple[Path, Path]) -> None:
+    write(folders[0] / "only_predicted.nii.gz", [0, 0, 0, 0])
+    assert list(evaluate_folder(*folders, SCHEMA, cases=["c", "a"]).cases) == ["a", "c"]
+
+
+@pytest.mark.parametrize(("side", "fault"), [(0, "was not predicted"), (1, "no reference of c")])
+def test_a_named_case_that_is_missing_is_refused(folders: tuple[Path, Path], side: int, fault: str) -> None:
+    next(folders[side].glob("c.*")).unlink()
+    with pytest.raises(InvalidInput, match=fault):
+        evaluate_folder(*folders, SCHEMA, cases=["a", "c"])
