@@ -1,0 +1,242 @@
+"""Preprocessed cases on disk: one folder per set of preprocessing parameters, one file per array.
+
+    images/<case>.b2nd  nonzero/<case>.b2nd  properties/<case>.json      from the image alone
+    labels/<case>.b2nd  locations/<case>.npz                             from the label; a loader of unlabeled cases
+                                                                         is never given one of these paths
+
+Arrays are chunked, compressed blosc2 files: reading a patch decompresses only the blocks that it touches. Each file
+appears whole or not at all, and the one that makes a case valid (properties, label) is written last.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import numpy.typing as npt
+
+from autossl.data.files import atomic_write, read_json, write_json
+from autossl.data.prepared import CaseProperties, PreparedCase
+from autossl.data.problems import InvalidInput, Problem
+
+SOURCE_META = "source"
+BLOCK_BYTES = 64 * 1024  # fits the cache beside its compressed form
+BLOCKS_PER_CHUNK_AXIS = 4
+SECONDS_BEFORE_REMNANT = 3600.0
+PARTS = ("images", "nonzero", "properties", "labels", "locations")
+
+__all__ = ["CaseStore", "open_array", "read_class_locations", "read_source", "storage_grid", "write_array"]
+
+
+def storage_grid(shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Chunk and block shapes for an array [..., z, y, x] that is read in boxes and in single planes.
+
+    A block holds at most 64 KiB, of one channel and few planes: a plane must not cost many times its size. A chunk is
+    up to 4×4×4 blocks.
+    """
+    *lead, z, y, x = shape
+    planes = min(z, 4)
+    edge = 2 ** int(math.log2(math.sqrt(BLOCK_BYTES / itemsize / planes)))
+    block = (planes, min(y, edge), min(x, edge))
+    chunk = tuple(min(n, BLOCKS_PER_CHUNK_AXIS * b) for n, b in zip((z, y, x), block, strict=True))
+    ones = (1,) * len(lead)
+    return (*ones, *chunk), (*ones, *block)
+
+
+def write_array(path: Path, array: npt.NDArray[Any], source: Any = None) -> None:
+    """Writes an array [..., z, y, x] atomically; `source` (plain values) is kept in the file for `read_source`."""
+    chunks, blocks = storage_grid(array.shape, array.dtype.itemsize)
+    compression = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
+    with atomic_write(path) as partial:
+        stored = blosc2.asarray(
+            np.ascontiguousarray(array), urlpath=str(partial), chunks=chunks, blocks=blocks, cparams=compression
+        )
+        if source is not None:
+            stored.schunk.vlmeta[SOURCE_META] = source
+
+
+def open_array(path: Path) -> Any:
+    """The array as a blosc2 NDArray (`.shape`, `.dtype`, slicing gives numpy); only what is sliced is read.
+
+    Raises:
+        InvalidInput: where the file is missing, cut off or no array.
+    """
+    # Memory mapping fails on Windows: https://github.com/MIC-DKFZ/nnUNet/issues/2723
+    mapping = {} if os.name == "nt" else {"mmap_mode": "r"}
+    try:
+        array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1), **mapping)
+        if not isinstance(array, blosc2.NDArray):
+            raise TypeError(f"it holds a {type(array).__name__}")
+    except Exception as error:  # blosc2 throws many types, for a cut-off file RuntimeError
+        found = f"not a complete array file ({error})" if Path(path).exists() else "the file does not exist"
+        raise InvalidInput(
+            Problem(
+                found,
+                "a preprocessed array (.b2nd)",
+                "run autossl_plan_and_preprocess again: it makes what is missing or damaged",
+                file=Path(path),
+            )
+        ) from error
+    return array
+
+
+def read_source(path: Path) -> Any:
+    """What `write_array` was given as source; None where it was given none."""
+    array = open_array(path)  # its metadata does not outlive it
+    return array.schunk.vlmeta.get(SOURCE_META)
+
+
+def read_class_locations(path: Path) -> dict[str, npt.NDArray[np.integer[Any]]]:
+    """Class or region name → sampled voxels [n,3] (z,y,x) of a label; empty [0,3] where the class does not occur.
+
+    Raises:
+        InvalidInput: where the file is missing or cut off.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {str(name): content[f"voxels_{i}"] for i, name in enumerate(content["names"])}
+    except Exception as error:  # zipfile, numpy and zlib each throw their own
+        found = f"not a complete file of locations ({error})" if Path(path).exists() else "the file does not exist"
+        raise InvalidInput(
+            Problem(found, "the locations of a labeled case", "run autossl_plan_and_preprocess again", file=Path(path))
+        ) from error
+
+
+class CaseStore:
+    """The folder `data/<hash>/` of one set of preprocessing parameters.
+
+    Args:
+        folder: made when the first case is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def image_path(self, case: str) -> Path:
+        """float32 [C,z,y,x]."""
+        return self.folder / "images" / f"{case}.b2nd"
+
+    def nonzero_path(self, case: str) -> Path:
+        """bool [z,y,x]; exists where a channel was normalized within the nonzero region."""
+        return self.folder / "nonzero" / f"{case}.b2nd"
+
+    def properties_path(self, case: str) -> Path:
+        """JSON of `CaseProperties`."""
+        return self.folder / "properties" / f"{case}.json"
+
+    def label_path(self, case: str) -> Path:
+        """int8 or int16 [z,y,x]."""
+        return self.folder / "labels" / f"{case}.b2nd"
+
+    def locations_path(self, case: str) -> Path:
+        """For `read_class_locations`."""
+        return self.folder / "locations" / f"{case}.npz"
+
+    def image(self, case: str) -> Any:
+        """Lazy float32 [C,z,y,x]: slice it."""
+        return open_array(self.image_path(case))
+
+    def label(self, case: str) -> Any:
+        """Lazy integer [z,y,x]: slice it."""
+        return open_array(self.label_path(case))
+
+    def nonzero(self, case: str) -> Any:
+        """Lazy bool [z,y,x]: slice it."""
+        return open_array(self.nonzero_path(case))
+
+    def class_locations(self, case: str) -> dict[str, npt.NDArray[np.integer[Any]]]:
+        """Class or region name → sampled voxels [n,3]."""
+        return read_class_locations(self.locations_path(case))
+
+    def properties(self, case: str) -> CaseProperties:
+        """How the case lies in its image."""
+        return CaseProperties.from_json(read_json(self.properties_path(case)))
+
+    def cases(self) -> list[str]:
+        """Ids of all cases whose image part was finished, sorted."""
+        return sorted(path.name.removesuffix(".json") for path in self._finished("properties", ".json"))
+
+    def has(self, case: str, labeled: bool) -> bool:
+        """Whether all files of a case are there and whole (their headers are read, not their voxels)."""
+        try:
+            properties = self.properties(case)
+            arrays = [(self.image_path(case), 1)]
+            arrays += [(self.nonzero_path(case), 0)] if properties.has_nonzero_mask else []
+            arrays += [(self.label_path(case), 0)] if labeled else []
+            whole = all(tuple(open_array(path).shape[lead:]) == properties.shape for path, lead in arrays)
+        except InvalidInput:
+            return False
+        return whole and (not labeled or _is_zip(self.locations_path(case)))
+
+    def write(self, case: str, prepared: PreparedCase, image_source: Any = None, label_source: Any = None) -> None:
+        """Writes all that `prepared` holds; a label of before is removed first, because it may not fit any more."""
+        self.properties_path(case).unlink(missing_ok=True)
+        self.label_path(case).unlink(missing_ok=True)
+        write_array(self.image_path(case), prepared.image, image_source)
+        if prepared.nonzero is not None:
+            write_array(self.nonzero_path(case), prepared.nonzero)
+        write_json(self.properties_path(case), prepared.properties.to_json())
+        if prepared.label is not None:
+            self.write_label(case, prepared.label, prepared.locations or {}, label_source)
+
+    def write_label(
+        self,
+        case: str,
+        label: npt.NDArray[np.integer[Any]],
+        locations: Mapping[str, npt.NDArray[np.integer[Any]]],
+        source: Any = None,
+    ) -> None:
+        """Writes only the label and its locations; the image stays untouched."""
+        self.label_path(case).unlink(missing_ok=True)
+        with atomic_write(self.locations_path(case)) as partial:
+            voxels: dict[str, Any] = {f"voxels_{i}": v for i, v in enumerate(locations.values())}
+            np.savez(partial, names=np.array(list(locations), dtype=np.str_), **voxels)
+        write_array(self.label_path(case), label, source)
+
+    def share(self, case: str, other: CaseStore, labeled: bool) -> None:
+        """Takes a finished case over from another store: hard links, copies where the file system has none."""
+        self.properties_path(case).unlink(missing_ok=True)
+        self.label_path(case).unlink(missing_ok=True)
+        pairs = [(other.image_path(case), self.image_path(case))]
+        if other.properties(case).has_nonzero_mask:
+            pairs.append((other.nonzero_path(case), self.nonzero_path(case)))
+        pairs.append((other.properties_path(case), self.properties_path(case)))
+        if labeled:
+            pairs.append((other.locations_path(case), self.locations_path(case)))
+            pairs.append((other.label_path(case), self.label_path(case)))
+        for theirs, ours in pairs:
+            _link_or_copy(theirs, ours)
+
+    def remove_remnants(self) -> None:
+        """Removes unfinished files that killed runs left more than an hour ago; younger ones may be in the making."""
+        for part in PARTS:
+            for path in (self.folder / part).glob(".partial-*"):
+                if time.time() - path.stat().st_mtime > SECONDS_BEFORE_REMNANT:
+                    path.unlink(missing_ok=True)
+
+    def _finished(self, part: str, ending: str) -> Iterator[Path]:
+        return (path for path in (self.folder / part).glob(f"*{ending}") if not path.name.startswith(".partial-"))
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a zip's end is there: what a cut-off file lacks."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-22, os.SEEK_END)
+            return file.read(4) == b"PK\x05\x06"
+    except OSError:
+        return False
+
+
+def _link_or_copy(theirs: Path, ours: Path) -> None:
+    with atomic_write(ours) as partial:
+        try:
+            partial.hardlink_to(theirs)
+        except OSError:
+            partial.write_bytes(theirs.read_bytes())
