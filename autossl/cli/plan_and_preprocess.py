@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from autossl.cli.options import add_workers, add_workspace, positive_real
-from autossl.cli.run_command import new_parser
+from autossl.cli.progress import CommandProgress
+from autossl.cli.run_command import new_parser, run_command
+
+if TYPE_CHECKING:
+    from autossl.planners.plan_and_preprocess import PlanResult
 
 EPILOG = """\
 Writes fingerprint.json, plans_PRESET.json (every decision with its why) and data/ below preprocessed/DATASET.
@@ -15,8 +20,12 @@ Run it again after adding cases: what is finished is not done again.
 example: autossl_plan_and_preprocess -d 4 --preset nano"""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(_parser(), _plan, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = new_parser("autossl_plan_and_preprocess", EPILOG)
     parser.add_argument("-d", "--dataset", required=True, metavar="DATASET", help="4, 004, Name or Dataset004_Name")
     parser.add_argument(
@@ -48,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--remap_labels",
         nargs="+",
+        default=[],
         metavar="OLD=NEW",
         help="read these label values as others; the raw files stay as they are",
     )
@@ -56,6 +66,50 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    return 0
+def _plan(arguments: argparse.Namespace) -> None:
+    from autossl.data.workspace import Workspace
+    from autossl.planners.plan_and_preprocess import plan_and_preprocess
+
+    with CommandProgress(arguments.quiet) as progress:
+        result = plan_and_preprocess(
+            arguments.dataset,
+            Workspace.locate(arguments.workspace),
+            configurations=arguments.configurations,
+            preset=arguments.preset,
+            gpu_memory_gb=arguments.gpu_memory_gb,
+            overwrite_target_spacing=arguments.overwrite_target_spacing,
+            preprocess=not arguments.no_preprocessing,
+            n_workers=arguments.num_processes,
+            verify_dataset_integrity=arguments.verify_dataset_integrity,
+            remap_labels=arguments.remap_labels,
+            on_progress=lambda stage, case, done, total: progress.update(stage, done, total),
+        )
+    _print_result(result)
+
+
+def _print_result(result: PlanResult) -> None:
+    from autossl.cli.tables import print_table
+
+    pools = ", ".join(f"{len(result.fingerprint.of_pool(pool))} {pool}" for pool in ("labeled", "unlabeled", "test"))
+    print(f"{result.dataset_name}: {pools} cases, {len(result.split.folds)} folds")
+    for pair in result.fingerprint.duplicates:
+        print(f"  {pair.first} and {pair.second} show the same image ({pair.kind})")
+    for note in result.fingerprint.domain_shift:
+        print(f"  {note}")
+    rows = [
+        [
+            name,
+            " x ".join(str(n) for n in plan.patch_size),
+            " x ".join(f"{mm:g}" for mm in plan.spacing),
+            f"{plan.labeled_batch_size} + {plan.unlabeled_batch_size}",
+        ]
+        for name, plan in result.plans.configurations.items()
+    ]
+    print_table(["configuration", "patch (voxels)", "spacing (mm)", "batch (labeled + unlabeled)"], rows)
+    semi = result.plans.semi_supervised
+    print(
+        f"recommended: {semi.recommended_configuration} with {semi.recommended_method}, {semi.total_steps} steps\n"
+        f"plans, with the why of every decision: {result.plans_file}"
+    )
+    for name, folder in result.data_folders.items():
+        print(f"preprocessed for {name}: {folder}")
