@@ -1,4 +1,4 @@
-"""Predicts the unlabeled pool of a fold into a pseudo-label store, in the preprocessed grid, when a phase asks for it."""
+"""Predicts the unlabeled pool of a fold into a pseudo-label store, in the preprocessed grid, when a phase asks."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,9 +20,11 @@ from autossl.data.splits import Fold, Split, fold_cases, load_or_make_split, spl
 from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
 from autossl.networks.build import build_network
-from autossl.planners.fingerprint import Fingerprint, budget_statistics, read_fingerprint
-from autossl.planners.plan_and_preprocess import find_plans
+from autossl.planners.budget import BudgetStatistics, budget_statistics
+from autossl.planners.fingerprint import Fingerprint, read_fingerprint
+from autossl.planners.plan_and_preprocess import FINGERPRINT, find_plans
 from autossl.planners.plans import Architecture, ConfigurationPlan, Plans
+from autossl.planners.semi_supervised import ema_decay_max
 from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
 from autossl.trainers.components.losses import SupervisedLoss
@@ -95,12 +96,10 @@ class RunSetup:
     def _cases(self) -> dict[str, Case]:
         return {case.id: case for case in self.raw.cases}
 
-    def label_file(self, case: str) -> Path:
-        """The raw label of a validation case; read after training only."""
-        label = self._cases[case].label
-        if label is None:
-            raise ValueError(f"case {case} has no label")
-        return label
+    @property
+    def label_folder(self) -> Path:
+        """Raw labels; read after training, for the validation cases only."""
+        return self.raw.folder / "labelsTr"
 
     def with_cases_of(self, spec: RunSpec) -> RunSetup:
         """The same setup with the cases that the run's folds were started with."""
@@ -108,7 +107,7 @@ class RunSetup:
 
     # --------------------------------------------------------------------------------------------------- one fold
 
-    def statistics(self, fold: str) -> Any:
+    def statistics(self, fold: str) -> BudgetStatistics:
         """Class statistics of the fold's labeled training cases alone."""
         return budget_statistics(self.fingerprint, list(self.folds[fold].labeled), self.schema)
 
@@ -125,7 +124,7 @@ class RunSetup:
             seed=self.request.seed,
             labeled_batch_size=plan.labeled_batch_size,
             unlabeled_batch_size=plan.unlabeled_batch_size,
-            ema_decay_max=ema_horizon(total_steps),
+            ema_decay_max=ema_decay_max(total_steps),
             warm_up_fraction=semi.warm_up_fraction,
             channel_std=channel_stds(self.plans, plan),
             supervised_loss=SupervisedLoss(
@@ -223,11 +222,6 @@ class NetworkBuilder:
         )
 
 
-def ema_horizon(total_steps: int) -> float:
-    """Upper limit of a teacher's decay, clip(1 - 300 / T, 0.99, 0.999), for the run's own number of steps."""
-    return min(max(1 - 300 / total_steps, 0.99), 0.999)
-
-
 def channel_stds(plans: Plans, plan: ConfigurationPlan) -> tuple[float, ...]:
     """Standard deviation of each channel after normalization; 1 for schemes that make it so."""
     stds = []
@@ -256,20 +250,12 @@ def resolve(request: TrainRequest) -> RunSetup:
     dataset = workspace.find_dataset(request.dataset)
     folder = workspace.preprocessed_folder(dataset)
     plans = find_plans(folder, request.preset)
-    if plans.dataset_name != dataset:
-        raise InvalidInput(
-            Problem(
-                f"{plans.plans_name}.json in {folder} belongs to {plans.dataset_name}",
-                f"plans of {dataset}",
-                f"plan again with autossl_plan_and_preprocess -d {dataset}",
-            )
-        )
     plans.configuration(request.configuration)
     method = method_class(request.method)
     settings = make_settings(method, dict(request.settings))
     device = resolve_device(request.device)
     raw = read_raw_dataset(workspace.raw_folder(dataset))
-    fingerprint = read_fingerprint(folder)
+    fingerprint = read_fingerprint(folder / FINGERPRINT)
     split = load_or_make_split(
         folder, split_cases(raw), request.labeled, request.draw, duplicates=fingerprint.duplicates
     )
@@ -284,17 +270,18 @@ def resolve(request: TrainRequest) -> RunSetup:
 
 
 def resolve_device(name: str) -> str:
-    """"auto" takes CUDA, else Apple's GPU, else the CPU; a named device must exist."""
+    """ "auto" takes CUDA, else Apple's GPU, else the CPU; a named device must exist."""
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind in available and available[kind] > (int(index) if index.isdigit() else 0) and (not index or index.isdigit()):
+    if (index.isdigit() or not index) and available.get(kind, 0) > int(index or 0):
         return name
     there = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
-    raise InvalidInput(Problem(f"device '{name}' does not exist here", f"auto or one of: {there}", "choose one of these"))
+    found = f"device '{name}' does not exist here"
+    raise InvalidInput(Problem(found, f"auto or one of: {there}", "choose one of these"))
 
 
 def _check_numbers(request: TrainRequest) -> None:
@@ -314,9 +301,7 @@ def _check_numbers(request: TrainRequest) -> None:
     if request.resume and request.overwrite:
         problems.append(Problem("--resume and --overwrite together", "one of them", "leave one out"))
     if request.initial_weights is not None and not request.initial_weights.is_file():
-        problems.append(
-            Problem("--init names no file", "a checkpoint", "check the path", file=request.initial_weights)
-        )
+        problems.append(Problem("--init names no file", "a checkpoint", "check the path", file=request.initial_weights))
     if problems:
         raise InvalidInput(problems)
 
@@ -356,11 +341,12 @@ def _check_preprocessed(setup: RunSetup) -> None:
     missing = sorted(case for case, labeled in wanted.items() if not setup.store.has(case, labeled))
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        configuration = setup.request.configuration
         command = f"autossl_plan_and_preprocess -d {setup.raw.name} --preset {setup.plans.preset}"
         raise InvalidInput(
             Problem(
-                f"{len(missing)} of {len(wanted)} cases are not preprocessed for {setup.request.configuration}: {shown}",
+                f"{len(missing)} of {len(wanted)} cases are not preprocessed for {configuration}: {shown}",
                 f"all of them in {setup.store.folder}",
-                f"run {command} -c {setup.request.configuration}",
+                f"run {command} -c {configuration}",
             )
         )

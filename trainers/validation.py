@@ -14,10 +14,10 @@ from typing import Any
 from autossl.data.files import read_json, write_json
 from autossl.data.image_io import write_label_map
 from autossl.data.runs import CHECKPOINT_FINAL
-from autossl.evaluation.evaluate import Evaluation, evaluate_folder
+from autossl.evaluation.evaluate import evaluate_folder
 from autossl.inference.checkpoint import read_checkpoint
-from autossl.inference.preprocessed import predict_preprocessed
 from autossl.inference.predictor import Predictor, Window
+from autossl.inference.preprocessed import predict_preprocessed
 from autossl.networks.prediction import PredictionSpec
 from autossl.trainers.base import SemiSupervisedTrainer
 from autossl.trainers.setup import RunSetup
@@ -81,7 +81,13 @@ def _predictor(setup: RunSetup, spec: PredictionSpec, networks: dict[str, Any]) 
 
 
 def _score(setup: RunSetup, fold: str, folder: Path) -> None:
-    references = setup.label_file(setup.folds[fold].validation[0]).parent
-    evaluation: Evaluation = evaluate_folder(folder, references, setup.schema, only_predicted=True)
+    cases = setup.folds[fold].validation
+    evaluation = evaluate_folder(
+        folder,
+        setup.label_folder,
+        setup.schema,
+        cases=cases,
+        remap_references=setup.fingerprint.remap_labels,
+    )
     summary = {"what": "full-volume metrics of the fold's validation cases, final weights", **evaluation.to_json()}
     write_json(folder / "summary.json", summary)
