@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +15,17 @@ from typing import Any
 
 from autossl.data.problems import InvalidInput, Problem
 
+FULL_BELOW_BYTES = 2**20
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success it is synced and renamed to `path`, on error removed.
 
     The temporary name keeps the file's endings, because image writers choose their format by them.
+
+    Raises:
+        OSError: with errno ENOSPC also where a writer noticed a full disk and said something else.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +38,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         partial.replace(path)
+    except RuntimeError as error:  # blosc2 and torch give no errno; the unfinished file still holds the space
+        if shutil.disk_usage(path.parent).free < FULL_BELOW_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
