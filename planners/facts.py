@@ -11,7 +11,7 @@ import numpy as np
 from autossl.data.image_io import orientation_for
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
-from autossl.planners.budget import BudgetStatistics, class_statistics
+from autossl.planners.budget import BudgetStatistics, budget_statistics
 from autossl.planners.plans import IntensityProperties
 from autossl.planners.spacing import FloatArray
 
@@ -103,7 +103,7 @@ def dataset_facts(
             channel: IntensityProperties.model_validate(dict(properties))
             for channel, properties in fingerprint.foreground_intensity_properties_per_channel.items()
         },
-        statistics=class_statistics(fingerprint.cases, list(labeled), schema),
+        statistics=budget_statistics(fingerprint, list(labeled), schema),
     )
 
 

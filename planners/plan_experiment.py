@@ -98,6 +98,16 @@ def plan_experiment(
     return plan_from_facts(dataset_facts(fingerprint, description, dataset_name), options)
 
 
+def check_options(options: PlanOptions) -> None:
+    """Raises `InvalidInput` where options cannot be met by any data set; cheap, for before a scan."""
+    _gpu_memory_gb(preset_named(options.preset), options.gpu_memory_gb)
+    if options.overwrite_target_spacing is not None:
+        check_overwritten_spacing(options.overwrite_target_spacing)
+    problems = [_unknown(name) for name in options.configurations or () if name not in CONFIGURATIONS]
+    if problems:
+        raise InvalidInput(problems)
+
+
 def plan_from_facts(facts: DatasetFacts, options: PlanOptions) -> Plans:
     """The same from the numbers alone."""
     preset = preset_named(options.preset)
@@ -242,13 +252,7 @@ def _check_asked(
     problems = []
     for name in asked or ():
         if name not in CONFIGURATIONS:
-            problems.append(
-                Problem(
-                    f"configuration '{name}' is unknown",
-                    f"one of {nearest(name, CONFIGURATIONS)}",
-                    "correct -c" + ("; the cascade does not exist yet" if "cascade" in name else ""),
-                )
-            )
+            problems.append(_unknown(name))
         elif name not in sizes:
             problems.append(
                 Problem(
@@ -259,6 +263,14 @@ def _check_asked(
             )
     if problems:
         raise InvalidInput(problems)
+
+
+def _unknown(name: str) -> Problem:
+    return Problem(
+        f"configuration '{name}' is unknown",
+        f"one of {nearest(name, CONFIGURATIONS)}",
+        "correct -c" + ("; the cascade does not exist yet" if "cascade" in name else ""),
+    )
 
 
 def _configuration_plan(

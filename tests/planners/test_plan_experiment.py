@@ -14,9 +14,10 @@ import pytest
 
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput
-from autossl.planners.budget import class_statistics
+from autossl.planners.budget import budget_statistics
 from autossl.planners.case_scan import CaseFingerprint
 from autossl.planners.facts import DatasetFacts
+from autossl.planners.fingerprint import Fingerprint
 from autossl.planners.plan_experiment import PlanOptions, plan_from_facts
 from autossl.planners.plans import IntensityProperties, Plans, read_plans, write_plans
 from autossl.planners.presets import PRESETS
@@ -202,7 +203,8 @@ def _case(front_pieces: tuple[int, float], back_fit: float) -> CaseFingerprint:
 
 def test_gated_classes_follow_the_labeled_cases() -> None:
     cases = {str(number): _case((2, 0.6), 0.97) for number in range(4)}
-    statistics = class_statistics(cases, list(cases), HIPPOCAMPUS.schema)
+    fingerprint = Fingerprint.model_construct(cases=cases)
+    statistics = budget_statistics(fingerprint, list(cases), HIPPOCAMPUS.schema)
     plans = _plans(replace(HIPPOCAMPUS, statistics=statistics))
     assert plans.semi_supervised.single_component_classes == (2,)
     assert plans.semi_supervised.elliptic_classes == (2,)

@@ -1,0 +1,248 @@
+"""From a raw data set to plans and preprocessed cases: the function behind `autossl_plan_and_preprocess`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from autossl.data.files import write_json
+from autossl.data.image_io import orientation_for
+from autossl.data.integrity import parse_remap_labels
+from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.data.raw_dataset import RawDataset, read_raw_dataset
+from autossl.data.splits import Split, load_or_make_split, split_cases
+from autossl.data.workspace import Workspace
+from autossl.planners.facts import dataset_facts
+from autossl.planners.fingerprint import (
+    Fingerprint,
+    ScanOptions,
+    extract_fingerprint,
+    previous_fingerprint,
+    write_fingerprint,
+)
+from autossl.planners.plan_experiment import BUILT_IN_METHODS, PlanOptions, check_options, plan_from_facts
+from autossl.planners.plans import Plans, read_plans, write_plans
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = "fingerprint.json"
+DEFAULT_PRESET = "plain"
+PLANS_PREFIX = "plans_"
+MAX_NAMED_CHANGES = 8
+
+Progress = Callable[[str, str, int, int], None]
+"""Called with the stage ("scan", or a configuration), the case just done, how many are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What was planned and prepared."""
+
+    dataset_name: str
+    folder: Path
+    """preprocessed/DatasetXXX_Name."""
+    fingerprint: Fingerprint
+    split: Split
+    plans: Plans
+    plans_file: Path
+    data_folders: dict[str, Path] = field(default_factory=dict)
+    """Configuration → folder of its preprocessed cases; empty without preprocessing."""
+
+
+def plan_and_preprocess(
+    dataset: str | int,
+    workspace: Workspace | None = None,
+    *,
+    configurations: Sequence[str] | None = None,
+    preset: str = DEFAULT_PRESET,
+    gpu_memory_gb: float | None = None,
+    overwrite_target_spacing: Sequence[float] | None = None,
+    preprocess: bool = True,
+    n_workers: int | None = None,
+    verify_dataset_integrity: bool = False,
+    remap_labels: Sequence[str] = (),
+    methods: Collection[str] = BUILT_IN_METHODS,
+    on_progress: Progress | None = None,
+) -> PlanResult:
+    """Reads a raw data set, plans it, writes the plans and preprocesses its cases.
+
+    Plans hold every configuration that the rules give; `configurations` says which are preprocessed. What is on disk
+    and still right is kept: cases that did not change are neither scanned nor preprocessed again.
+
+    Args:
+        dataset: 4, "004", "Hippocampus" or "Dataset004_Hippocampus".
+        workspace: Default: `Workspace.locate()`.
+        configurations: Default: all that are planned.
+        preset: One of `autossl.planners.presets.PRESETS`.
+        gpu_memory_gb: Default: what the preset was made for.
+        overwrite_target_spacing: z y x in mm, in the images' own axis order.
+        preprocess: False stops after the plans.
+        n_workers: Processes; default: one per usable CPU, fewer where memory is short.
+        verify_dataset_integrity: Reads and checks every case again, also those that did not change.
+        remap_labels: "OLD=NEW" texts; kept with the data set. None given: those of the last time.
+        methods: Training methods that exist, for the recommendation.
+        on_progress: See `Progress`.
+
+    Raises:
+        InvalidInput: With all problems that were found; nothing was written then.
+        WorkerError: A worker died; the cases that were finished stay.
+    """
+    workspace = workspace or Workspace.locate()
+    options = PlanOptions(
+        preset=preset,
+        gpu_memory_gb=gpu_memory_gb,
+        overwrite_target_spacing=None if overwrite_target_spacing is None else tuple(overwrite_target_spacing),
+        configurations=None if configurations is None else tuple(configurations),
+        methods=methods,
+    )
+    check_options(options)
+    name = workspace.find_dataset(str(dataset))
+    folder = workspace.preprocessed_folder(name)
+    with _as_it_was(folder):
+        raw = read_raw_dataset(workspace.raw_folder(name))
+        mapping = parse_remap_labels(remap_labels, raw.description.label_schema()) if remap_labels else None
+        scan = ScanOptions(remap_labels=mapping, folder=folder, on_case=_on_case(on_progress, "scan"))
+        previous = previous_fingerprint(folder / FINGERPRINT)
+        orientation = orientation_for(raw.description.file_ending)
+        fingerprint = extract_fingerprint(raw, orientation, n_workers, verify_dataset_integrity, previous, scan)
+        patients = len({case.patient for case in raw.labeled})
+        plans = plan_from_facts(dataset_facts(fingerprint, raw.description, name, patients), options)
+        split = load_or_make_split(folder, split_cases(raw), duplicates=fingerprint.duplicates)
+    _write(folder, raw, fingerprint, plans)
+    wanted = options.configurations or tuple(plans.configurations)
+    data = preprocess_planned(raw, fingerprint, plans, folder, wanted, n_workers, on_progress) if preprocess else {}
+    return PlanResult(name, folder, fingerprint, split, plans, plans_file(folder, preset), data)
+
+
+def preprocess_planned(
+    raw: RawDataset,
+    fingerprint: Fingerprint,
+    plans: Plans,
+    configurations: Sequence[str],
+    n_workers: int | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Path]:
+    """Preprocesses what is missing for these configurations of plans, hand-edited ones too.
+
+    Returns:
+        Configuration → folder of its cases.
+    """
+    raise NotImplementedError
+
+
+def plans_file(preprocessed_folder: Path, preset: str) -> Path:
+    """Where the plans of a preset lie."""
+    return Path(preprocessed_folder) / f"{PLANS_PREFIX}{preset}.json"
+
+
+def find_plans(preprocessed_folder: Path, preset: str | None = None) -> Plans:
+    """The plans of a data set: of the preset that is named, else of `plain`, else the only ones that there are.
+
+    Raises:
+        InvalidInput: Where there are none, or several and none is named; with the list.
+    """
+    folder = Path(preprocessed_folder)
+    planned = sorted(path.stem.removeprefix(PLANS_PREFIX) for path in folder.glob(f"{PLANS_PREFIX}*.json"))
+    chosen = preset or (DEFAULT_PRESET if DEFAULT_PRESET in planned else planned[0] if len(planned) == 1 else None)
+    if chosen in planned:
+        plans = read_plans(plans_file(folder, chosen))
+        _check_belongs(plans, folder)
+        return plans
+    command = f"autossl_plan_and_preprocess -d {folder.name}"
+    if chosen is None and planned:
+        raise InvalidInput(
+            Problem(
+                f"{folder.name} is planned for {len(planned)} presets: {', '.join(planned)}",
+                "the name of one of them",
+                "choose one with --preset",
+            )
+        )
+    raise InvalidInput(
+        Problem(
+            f"{folder.name} is not planned{f' for preset {chosen!r}' if chosen else ''}",
+            f"one of {nearest(chosen or '', planned)}" if planned else f"{PLANS_PREFIX}PRESET.json in {folder}",
+            f"run {command}{f' --preset {chosen}' if chosen else ''}"
+            + (", or choose another preset" if planned else ""),
+        )
+    )
+
+
+def _write(folder: Path, raw: RawDataset, fingerprint: Fingerprint, plans: Plans) -> None:
+    """Each file appears whole; plans last, because other commands look for them."""
+    write_fingerprint(folder / FINGERPRINT, fingerprint)
+    write_json(folder / "dataset.json", raw.description.to_json())
+    path = plans_file(folder, plans.preset)
+    if path.exists():
+        _keep_replaced(path, plans)
+    write_plans(path, plans)
+
+
+def _keep_replaced(path: Path, plans: Plans) -> None:
+    """Plans that differ, perhaps by a hand edit, are kept beside the new ones, and the difference is named."""
+    try:
+        old = read_plans(path)
+    except InvalidInput as error:
+        changes = [f"it could not be read ({error})"]
+    else:
+        if old.hash() == plans.hash():
+            return
+        changes = _changed_paths(old.to_json(), plans.to_json())
+    kept = path.with_name(f"replaced_{path.name}")
+    shutil.copyfile(path, kept)
+    more = f" and {len(changes) - MAX_NAMED_CHANGES} more" if len(changes) > MAX_NAMED_CHANGES else ""
+    logger.warning(
+        "%s is replaced; the old one is kept as %s. What differs: %s",
+        path.name,
+        kept.name,
+        ", ".join(changes[:MAX_NAMED_CHANGES]) + more,
+    )
+
+
+def _changed_paths(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted paths of the values that differ, the reasons left out."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [path]
+    keys = [key for key in {**new, **old} if (path, key) != ("", "why")]
+    return [
+        change
+        for key in keys
+        for change in _changed_paths(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    ]
+
+
+@contextmanager
+def _as_it_was(folder: Path) -> Iterator[None]:
+    """Where the block fails, a folder that was not there before is not there after it."""
+    existed = folder.exists()
+    parents = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in parents:
+                with suppress(OSError):
+                    parent.rmdir()
+        raise
+
+
+def _check_belongs(plans: Plans, folder: Path) -> None:
+    if plans.dataset_name != folder.name:
+        raise InvalidInput(
+            Problem(
+                f"plans of {plans.dataset_name} lie in the folder of {folder.name}",
+                f"plans of {folder.name}",
+                f"plan again with autossl_plan_and_preprocess -d {folder.name} --preset {plans.preset}",
+                file=plans_file(folder, plans.preset),
+            )
+        )
+
+
+def _on_case(on_progress: Progress | None, stage: str) -> Callable[[str, int, int], None] | None:
+    return None if on_progress is None else partial(on_progress, stage)
