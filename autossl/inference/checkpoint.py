@@ -1,0 +1,91 @@
+"""Reads what predicts out of a checkpoint: weights and a `PredictionSpec`. Nothing in the file is executed."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autossl.data.problems import InvalidInput, Problem
+from autossl.networks.prediction import PredictionSpec
+
+FORMAT = "autossl-checkpoint-1"
+_EXPECTED = "a whole checkpoint written by autossl_train"
+_UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+
+
+@dataclass(frozen=True)
+class TrainedNetworks:
+    """What one fold's checkpoint holds for prediction."""
+
+    spec: PredictionSpec
+    networks: Mapping[str, Mapping[str, Tensor]]
+    """Network name → state dict; those of the spec's members, on the CPU, read from the file when they are used."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All of a checkpoint, tensors mapped from the file so that only what is used is read.
+
+    Raises:
+        InvalidInput: the file is missing, cut off, holds objects that would have to be executed, or is not ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidInput(Problem("there is no such file", _EXPECTED, "check the path", file=path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _UNREADABLE as error:
+        foreign = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        reason = "it holds objects that would have to be executed" if foreign else _first_line(error)
+        fix = "use a checkpoint of autossl" if foreign else "train this fold again, or copy the file again"
+        raise InvalidInput(Problem(f"the checkpoint cannot be read ({reason})", _EXPECTED, fix, file=path)) from error
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != FORMAT:
+        raise InvalidInput(
+            Problem(f"the checkpoint's format is {found!r}", f"{FORMAT!r}", "use a checkpoint of autossl", file=path)
+        )
+    return content
+
+
+def read_trained_networks(path: Path) -> TrainedNetworks:
+    """The prediction of a checkpoint and the weights of its members.
+
+    Raises:
+        InvalidInput: as `read_checkpoint`, or the prediction is missing or asks for what is not there.
+    """
+    content = read_checkpoint(path)
+    try:
+        spec = PredictionSpec.from_json(content.get("prediction"))
+    except InvalidInput as error:
+        raise InvalidInput([Problem(p.found, p.expected, p.fix, file=path) for p in error.problems]) from error
+    networks = content.get("networks")
+    names = [member.name for member in spec.members]
+    missing = [name for name in names if not isinstance(networks, dict) or not _is_state(networks.get(name))]
+    if missing:
+        raise InvalidInput(
+            Problem(f"no weights for network {', '.join(missing)}", _EXPECTED, "train this fold again", file=path)
+        )
+    return TrainedNetworks(spec, {name: content["networks"][name] for name in names})
+
+
+def _is_state(state: Any) -> bool:
+    return isinstance(state, dict) and bool(state) and all(isinstance(value, Tensor) for value in state.values())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

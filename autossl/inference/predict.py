@@ -1,0 +1,305 @@
+"""Predicts a folder of images with a trained run: the function behind `autossl_predict`.
+
+Everything that can be wrong with the request is checked before the first image is predicted. Reading the next case and
+writing the last one go on beside the network in threads of this process; weights are loaded once.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autossl.data.case_files import case_files
+from autossl.data.files import read_json, write_json
+from autossl.data.image_io import read_image
+from autossl.data.prepared import PreparedCase
+from autossl.data.problems import InvalidInput, Problem
+from autossl.data.runs import RunFilter, choose_run
+from autossl.data.workspace import Workspace
+from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE, TrainedModel, read_model
+from autossl.inference.outputs import OutputFolder
+from autossl.inference.predictor import Predictor, Window
+from autossl.inference.preprocessed import predict_image
+from autossl.inference.restore import Restored, Wanted
+from autossl.networks.device import resolve_device
+from autossl.planners.plans import write_plans
+from autossl.preprocessing.prepare import prepare_case
+from autossl.version import __version__
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "prediction.json"
+IDENTITY = ("model", "folds", "mirroring", "step_size")
+"""Entries of the record that must agree for `resume`."""
+LARGE_CASE_BYTES = 1 << 29
+"""From here on cases are read, predicted and written one after the other, so that memory holds one at a time."""
+
+Files = tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """What to predict, with what, where to. `dataset` with `run` names the model, or `model` does."""
+
+    input: Path
+    """Folder of images, named as in imagesTr."""
+    output: Path
+    dataset: str | None = None
+    run: RunFilter = field(default_factory=RunFilter)
+    """Which of the dataset's runs; exactly one must fit."""
+    workspace: Path | None = None
+    model: Path | None = None
+    """The folder that holds fold_k, instead of a dataset."""
+    folds: tuple[str, ...] | None = None
+    """None: all finished integer folds."""
+    save_probabilities: bool = False
+    save_uncertainty: bool = False
+    """See `Restored.entropy` and `Restored.disagreement`."""
+    mirroring: bool = True
+    step_size: float = 0.5
+    resume: bool = False
+    """Skips cases whose results are complete."""
+    overwrite: bool = False
+    """Predicts again what is there."""
+    num_parts: int = 1
+    part_id: int = 0
+    """Of the cases by name, each `num_parts`-th from this one on; for several machines with one output folder."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What was done."""
+
+    model: Path
+    folds: tuple[str, ...]
+    output: Path
+    predicted: tuple[str, ...]
+    """Cases, in the order of prediction."""
+    skipped: tuple[str, ...]
+    """Cases whose results were there (`resume`)."""
+
+
+@dataclass(frozen=True)
+class PredictProgress:
+    """Told to the caller's callback."""
+
+    case: str
+    done: int
+    """Cases finished before this one."""
+    total: int
+    share: float
+    """Of this case, 0 to 1."""
+
+
+OnProgress = Callable[[PredictProgress], None]
+
+
+def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> PredictResult:
+    """Predicts every case of a folder.
+
+    Beside the results of the cases (see `OutputFolder`) the folder gets plans.json, dataset.json and prediction.json,
+    which says what predicted.
+
+    Raises:
+        InvalidInput: the request, the model or the images are wrong (nothing is written then), or single images could
+            not be read (the others are predicted, and all that failed are named).
+    """
+    _check_request(request)
+    device = resolve_device(request.device)
+    model = read_model(_model_folder(request), request.folds)
+    cases = case_files(request.input, model.description.file_ending, model.plan.n_channels)
+    chosen = dict(list(cases.items())[request.part_id :: request.num_parts])
+    wanted = Wanted(request.save_probabilities, request.save_uncertainty)
+    outputs = OutputFolder(request.output, model.description.file_ending, wanted, len(model.folds))
+    record = _record(request, model)
+    skipped = _check_outputs(request, outputs, chosen, record)
+    window = Window.of(model.plan, request.mirroring, request.step_size)
+    predictor = model.load_predictor(window, device)
+    todo = {case: files for case, files in chosen.items() if case not in skipped}
+    job = _Job(model, predictor, outputs, wanted, record)
+    logger.info("%d cases with %s, fold %s, on %s", len(todo), model.folder, ", ".join(model.folds), device)
+    predicted, problems = _predict_all(job, todo, on_progress)
+    if problems:
+        title = f"{len(todo) - len(predicted)} of {len(todo)} cases could not be predicted; the others are done:"
+        raise InvalidInput(problems, title=title)
+    return PredictResult(model.folder, model.folds, request.output, tuple(predicted), tuple(skipped))
+
+
+@dataclass(frozen=True)
+class _Job:
+    model: TrainedModel
+    predictor: Predictor
+    outputs: OutputFolder
+    wanted: Wanted
+    record: Mapping[str, Any]
+
+    def prepare(self, case: str, files: Files) -> PreparedCase:
+        """Reads and preprocesses; faults name the case."""
+        try:
+            image = read_image(files, self.model.plans.orientation)
+            n_channels = self.model.plan.n_channels
+            if len(image.array) != n_channels:
+                found, fix = f"{len(image.array)} channels", "give images as the model was trained on"
+                raise InvalidInput(Problem(found, f"{n_channels}", fix, file=files[0]))
+            return prepare_case(image, None, self.model.plans, self.model.run.configuration)
+        except InvalidInput as error:
+            raise InvalidInput([replace(problem, case=case) for problem in error.problems]) from error
+
+    def open_folder(self) -> None:
+        """Makes the output folder and says in it what predicts."""
+        folder = self.outputs.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DESCRIPTION_FILE, self.model.description.to_json())
+        write_plans(folder / PLANS_FILE, self.model.plans)
+        write_json(folder / RECORD_FILE, dict(self.record))
+
+
+def _predict_all(
+    job: _Job, todo: Mapping[str, Files], on_progress: OnProgress | None
+) -> tuple[list[str], list[Problem]]:
+    """Cases that were predicted, and what was wrong with the others."""
+    predicted: list[str] = []
+    problems: list[Problem] = []
+    names = list(todo)
+    reader, writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    pending: Future[None] | None = None
+    upcoming: Future[PreparedCase] | None = None
+    try:
+        for index, case in enumerate(names):
+            reading = upcoming or reader.submit(job.prepare, case, todo[case])
+            upcoming, following = None, names[index + 1 : index + 2]
+            try:
+                prepared = reading.result()
+                large = prepared.image.nbytes > LARGE_CASE_BYTES
+                upcoming = next((reader.submit(job.prepare, n, todo[n]) for n in following if not large), None)
+                if not predicted:
+                    job.open_folder()
+                restored = _predict_one(job, prepared, PredictProgress(case, index, len(names), 0.0), on_progress)
+            except InvalidInput as error:
+                logger.error("%s", error)
+                problems += [replace(problem, case=case) for problem in error.problems]
+                continue
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(job.outputs.write, case, restored, prepared.properties.geometry)
+            del restored, prepared, reading
+            if large:
+                pending.result()
+            predicted.append(case)
+        if pending is not None:
+            pending.result()
+    finally:
+        reader.shutdown(cancel_futures=True)
+        writer.shutdown()
+    return predicted, problems
+
+
+def _predict_one(
+    job: _Job, prepared: PreparedCase, progress: PredictProgress, on_progress: OnProgress | None
+) -> Restored:
+    def on_share(share: float) -> None:
+        if on_progress is not None:
+            on_progress(replace(progress, share=share))
+
+    on_share(0.0)
+    schema = job.model.schema
+    restored = predict_image(job.predictor, prepared.image, prepared.properties, schema, job.wanted, on_share)
+    on_share(1.0)
+    return restored
+
+
+def _check_request(request: PredictRequest) -> None:
+    problems = []
+    if (request.dataset is None) == (request.model is None):
+        found = "both a dataset and a model folder" if request.model else "neither a dataset nor a model folder"
+        problems.append(Problem(found, "one of -d and --model", "name the trained run by one of them"))
+    if request.model is not None and request.run != RunFilter():
+        problems.append(
+            Problem(f"--model beside {request.run}", "--model alone", "leave out the options that choose among runs")
+        )
+    if request.resume and request.overwrite:
+        problems.append(Problem("--resume and --overwrite together", "one of them", "leave one out"))
+    if request.num_parts < 1 or not 0 <= request.part_id < request.num_parts:
+        found = f"part {request.part_id} of {request.num_parts}"
+        problems.append(Problem(found, "a part from 0 to one less than their number", "correct --part_id"))
+    if Path(request.input).resolve() == Path(request.output).resolve():
+        fix = "choose another output folder"
+        problems.append(
+            Problem("results would be written among the images", "two folders", fix, file=Path(request.input))
+        )
+    if Path(request.output).is_file():
+        problems.append(Problem("a file", "an output folder", "choose another", file=Path(request.output)))
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _model_folder(request: PredictRequest) -> Path:
+    if request.model is not None:
+        return Path(request.model)
+    workspace = Workspace.locate(request.workspace)
+    dataset = workspace.find_dataset(request.dataset or "")
+    return choose_run(workspace, dataset, request.run).folder
+
+
+def _record(request: PredictRequest, model: TrainedModel) -> dict[str, Any]:
+    """What is written to prediction.json."""
+    return {
+        "model": str(model.folder.resolve()),
+        "folds": list(model.folds),
+        "mirroring": request.mirroring,
+        "mirror_axes": list(model.plan.mirror_axes) if request.mirroring else [],
+        "step_size": request.step_size,
+        "input_folder": str(Path(request.input).resolve()),
+        "dataset": model.run.dataset,
+        "split": model.run.split,
+        "configuration": model.run.configuration,
+        "preset": model.run.preset,
+        "method": model.run.method,
+        "tag": model.run.tag,
+        "seed": model.run.seed,
+        "total_steps": model.run.total_steps,
+        "versions": {"autossl": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _check_outputs(
+    request: PredictRequest, outputs: OutputFolder, cases: Mapping[str, Files], record: Mapping[str, Any]
+) -> list[str]:
+    """Cases to skip; raises where results are there that the request does not allow for."""
+    there = [case for case in cases if outputs.label_map(case).exists()]
+    if not there or request.overwrite:
+        return []
+    if not request.resume:
+        shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+        raise InvalidInput(
+            Problem(
+                f"results of {len(there)} cases are there: {shown}",
+                "an output folder without results of these cases",
+                "continue with --resume, replace them with --overwrite, or choose another folder",
+                file=outputs.folder,
+            )
+        )
+    path = outputs.folder / RECORD_FILE
+    before = read_json(path) if path.is_file() else {}
+    differing = [name for name in IDENTITY if before.get(name, record[name]) != record[name]]
+    if differing:
+        raise InvalidInput(
+            [
+                Problem(
+                    f"{name} was {before[name]!r}, now it is {record[name]!r}",
+                    "the same for all cases of a folder",
+                    "repeat the options of before, replace all with --overwrite, or choose another folder",
+                    file=path,
+                )
+                for name in differing
+            ]
+        )
+    return [case for case in there if outputs.is_complete(case)]
