@@ -260,16 +260,26 @@ class Plans(_Schema):
             )
         return self.configurations[name]
 
-    def data_hash(self, configuration: str) -> str:
-        """Hash of all that decides preprocessed values; presets and configurations that agree share their data."""
+    def data_parameters(self, configuration: str, slice_spacing_mm: float | None = None) -> dict[str, Any]:
+        """All that decides preprocessed values, as plain values.
+
+        `slice_spacing_mm` is a case's own spacing on the first axis; given, a 2d configuration's spacing gets it as
+        its first entry, so that a case that 2d and 3d prepare alike has the same parameters in both.
+        """
         plan = self.configuration(configuration)
         content = plan.model_dump(mode="json", include=set(DATA_KEYS))
-        content |= {"transpose_forward": self.transpose_forward, "orientation": self.orientation}
+        if plan.dims == 2 and slice_spacing_mm is not None:
+            content["spacing"] = [float(slice_spacing_mm), *content["spacing"]]
+        content |= {"transpose_forward": list(self.transpose_forward), "orientation": self.orientation}
         if "CTNormalization" in plan.normalization_schemes:
             content["intensities"] = {
                 key: value.model_dump() for key, value in self.foreground_intensity_properties_per_channel.items()
             }
-        return content_hash(content)
+        return content
+
+    def data_hash(self, configuration: str, slice_spacing_mm: float | None = None) -> str:
+        """Hash of `data_parameters`; presets and configurations that agree share their data."""
+        return content_hash(self.data_parameters(configuration, slice_spacing_mm))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under nnU-Net's key names."""
