@@ -82,26 +82,26 @@ def read_image(files: Sequence[Path], orientation: Orientation = "RAS") -> Loade
         InvalidInput: naming the file, where one cannot be read or where the channels differ in size.
     """
     paths = [Path(file) for file in files]
-    stored = [_existing(path).read(path) for path in paths]
-    geometries = tuple(_oriented(path, item.geometry, orientation) for path, item in zip(paths, stored, strict=True))
-    shape = geometries[0].shape_zyx
-    for path, geometry in zip(paths, geometries, strict=True):
-        if geometry.shape_zyx != shape:
+    geometries: list[Geometry] = []
+    array = np.empty(0, dtype=np.float32)
+    for number, path in enumerate(paths):
+        stored = _existing(path).read(path)
+        geometry = _oriented(path, stored.geometry, orientation)
+        shape = (stored.voxels.shape[0], *geometry.shape_zyx)
+        if number == 0:
+            array = np.empty((len(paths), *shape), dtype=np.float32)
+        if shape != array.shape[1:]:
             raise InvalidInput(
                 Problem(
-                    f"{geometry.shape_zyx} voxels (z,y,x after reorientation), the first channel has {shape}",
+                    f"{shape} channels and voxels (z,y,x after reorientation), the first file has {array.shape[1:]}",
                     "all channels of a case on the same grid",
                     "resample the channels onto one grid",
                     file=path,
                 )
             )
-    array = np.empty((sum(item.voxels.shape[0] for item in stored), *shape), dtype=np.float32)
-    start = 0
-    for item, geometry in zip(stored, geometries, strict=True):
-        stop = start + item.voxels.shape[0]
-        item.write_intensities(array[start:stop], geometry)
-        start = stop
-    return LoadedImage(array, geometries)
+        stored.write_intensities(array[number], geometry)
+        geometries.append(geometry)
+    return LoadedImage(array.reshape(-1, *array.shape[2:]), tuple(geometries))
 
 
 def read_label(

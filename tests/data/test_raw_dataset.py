@@ -93,6 +93,7 @@ def test_all_problems_come_together(make: Make) -> None:
         "imagesTr/h_0001.nii.gz",
         "imagesTs/H_0000.nii.gz",  # twice
         "imagesTs/H_0001.nii.gz",
+        "labelsTr/a.nii.gz",
         "labelsTr/x.nii.gz",  # no image
         channel_names={"0": "T1", "1": "T2"},
     )
@@ -108,7 +109,7 @@ def test_all_problems_come_together(make: Make) -> None:
         r"case x.*a label without an image. Expected: imagesTr/x_0000.nii.gz",
     ):
         assert any(re.search(expected, problem) for problem in found), expected
-    assert len([p for p in found if "case a" in p]) == 1
+    assert len([p for p in found if "case a" in p]) == 1, "its label is not said to lack an image as well"
 
 
 def test_channel_numbers_may_be_left_out(make: Make) -> None:

@@ -133,7 +133,7 @@ def test_budgets() -> None:
         "0.2",
         "1.0",
     ]
-    assert budget_size("0.2", 100, "") == 20  # 0.2 * 100 is 20.000000000000004 in floating point
+    assert budget_size("0.07", 100, "") == 7  # 0.07 * 100 is 7.000000000000001 in floating point
     assert budget_size("0.2", 16, "") == 4
     for wrong in ("0", "-3", "1.5", "few", "0.0", "1/2", "nan", ""):
         with pytest.raises(InvalidInput, match=r"a label budget of .*such as 8, or with a point a fraction"):
@@ -196,6 +196,26 @@ def test_deployment_draws_once_and_hides_a_fifth_of_the_others() -> None:
     smaller = make_deployment_split(cases, 5)
     assert set(smaller.everything.labeled) < drawn
     assert set(split.hidden_test) < set(smaller.hidden_test)
+
+
+def test_deployment_hides_no_patient_who_is_tied_to_a_drawn_one() -> None:
+    without = make_deployment_split(TWENTY, 10)
+    drawn, hidden = without.everything.labeled[0], without.hidden_test[0]
+    split = make_deployment_split(TWENTY, 10, duplicates=[DuplicatePair(*sorted((drawn, hidden)), "similar", 0.97)])
+    assert split.everything.labeled == without.everything.labeled
+    assert hidden not in split.hidden_test
+    assert len(split.hidden_test) == 2
+    (last,) = make_deployment_split(TWENTY, 19).hidden_test
+    pair = DuplicatePair(*sorted((drawn, last)), "similar", 0.97)
+    assert make_deployment_split(TWENTY, 19, duplicates=[pair]).hidden_test == ()
+
+
+def test_patients_that_become_known_later_move_nothing_but_leak_nothing() -> None:
+    first = make_default_split(TWENTY)
+    merged = [SplitCase(case.id, "P" if case.id in ("c00", "c01", "c03") else case.id, "labeled") for case in TWENTY]
+    second = extend_default_split(first, merged)
+    assert second.assigned == first.assigned
+    check_no_leak(second, merged)
 
 
 def test_files_are_written_once_and_read_again(tmp_path: Path) -> None:
