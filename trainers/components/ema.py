@@ -29,7 +29,7 @@ class EMATeacher:
     def update(self, student: nn.Module, step: int, ramp_in: bool = True) -> None:
         """teacher ← decay·teacher + (1 - decay)·student; buffers are copied. `step` counts from 0."""
         decay = ema_decay(step, self.decay_max, ramp_in)
-        teacher_weights = list(self.network.parameters())
+        teacher_weights = [weight.detach() for weight in self.network.parameters()]
         student_weights = [weight.detach().float() for weight in student.parameters()]
         torch._foreach_lerp_(teacher_weights, student_weights, 1.0 - decay)
         for mine, theirs in zip(self.network.buffers(), student.buffers(), strict=True):
