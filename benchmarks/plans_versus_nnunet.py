@@ -1,13 +1,15 @@
 """Compares our plans with those of the real nnU-Net v2 planner, field by field.
 
     python benchmarks/plans_versus_nnunet.py --nnunet_python ENV/bin/python [--random 300] [--presets plain resenc_m]
-        [--real FOLDER] [-o plans_versus_nnunet.json]
+        [--real FOLDER [--raw FOLDER]] [-o plans_versus_nnunet.json]
 
 ENV is an environment in which nnunetv2 is installed; it is only called through its interpreter, with JSON in between:
 this file is its own worker there. Random fingerprints cover CT and MR, isotropic and anisotropic, tiny and large,
 2D, and several channels. FOLDER holds nnU-Net's preprocessed folders (DatasetXXX_Name/{dataset.json,
-dataset_fingerprint.json}), whose fingerprints are fed to both planners. None of these data sets has unlabeled cases, so
-that the batch size, whose cap counts them, can be compared too.
+dataset_fingerprint.json}), whose fingerprints are fed to both planners. With --raw, the folder of the same raw data
+sets, ours are planned from our own fingerprints as well; there, means and standard deviations of intensities may differ
+by the rounding of nnU-Net's float32 sums, relative 1e-6. None of these data sets has unlabeled cases, so that the batch
+size, whose cap counts them, can be compared too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -205,20 +208,35 @@ def our_plans(dataset: dict[str, Any], preset: str) -> dict[str, Any]:
     return plan_from_facts(facts, options).to_nnunet_json()
 
 
-def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
-    """Dotted paths at which two JSON values differ; numbers are compared exactly."""
+def plans_from_raw(folder: Path, preset: str) -> dict[str, Any]:
+    """Our plans of a raw data set, from our own fingerprint, in nnU-Net's form."""
+    from autossl.data.workspace import Workspace
+    from autossl.planners.plan_and_preprocess import plan_and_preprocess
+
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "raw").mkdir()
+        (Path(root) / "raw" / folder.name).symlink_to(folder.absolute())
+        plans = plan_and_preprocess(folder.name, Workspace(Path(root)), preset=preset, preprocess=False).plans
+    return dict(json.loads(json.dumps(plans.to_nnunet_json())))
+
+
+def differences(ours: Any, theirs: Any, path: str = "", relative: float = 0.0) -> list[str]:
+    """Paths at which two JSON values differ. Numbers are compared exactly, means and deviations by `relative`."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return [
             fault
             for key in [*theirs, *(key for key in ours if key not in theirs)]
             for fault in (
-                differences(ours[key], theirs[key], f"{path}.{key}".lstrip("."))
+                differences(ours[key], theirs[key], f"{path}.{key}".lstrip("."), relative)
                 if key in ours and key in theirs
                 else [f"{path}.{key} is only {'ours' if key in ours else 'theirs'}"]
             )
         ]
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return [f for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) for f in differences(a, b, f"{path}.{i}")]
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [fault for i, (a, b) in pairs for fault in differences(a, b, f"{path}.{i}", relative)]
+    if path.endswith((".mean", ".std")) and isinstance(ours, float):
+        return [] if abs(ours - theirs) <= relative * abs(theirs) else [f"{path}: ours {ours}, theirs {theirs}"]
     return [] if ours == theirs else [f"{path}: ours {ours}, theirs {theirs}"]
 
 
@@ -238,7 +256,8 @@ def ask_nnunet(python: Path, datasets: list[dict[str, Any]], presets: list[str],
 
 
 def compare(datasets: list[dict[str, Any]], answers: list[dict[str, Any]], presets: list[str]) -> dict[str, Any]:
-    """Counts of equal plans, all differences, and the time that each planner took."""
+    """Counts of equal plans, all differences, and the time that each planner took, imports left out."""
+    import_module("autossl.planners.plan_experiment")
     faults: dict[str, list[str]] = {}
     figures = {
         p: {"plans": 0, "equal": 0, "fields": 0, "with_lowres": 0, "ours_s": [], "nnunet_s": []} for p in presets
@@ -260,8 +279,17 @@ def compare(datasets: list[dict[str, Any]], answers: list[dict[str, Any]], prese
     for figure in figures.values():
         for key in ("ours_s", "nnunet_s"):
             times = figure.pop(key)
-            figure[key] = {"mean": sum(times) / len(times), "largest": max(times)}
+            figure[key] = {"mean": sum(times) / len(times), "largest": max(times)} if times else None
     return {"presets": figures, "differences": faults}
+
+
+def compare_raw(raw: Path, datasets: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Differences per raw data set and preset between plans from our own fingerprint and nnU-Net's."""
+    return {
+        f"{dataset['name']} {preset}": differences(plans_from_raw(raw / dataset["name"], preset), theirs, relative=1e-6)
+        for dataset, answer in zip(datasets, answers, strict=True)
+        for preset, theirs in answer["plans"].items()
+    }
 
 
 def main() -> int:
@@ -272,6 +300,7 @@ def main() -> int:
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--presets", nargs="+", default=["plain", "resenc_m"], choices=list(PLANNERS))
     parser.add_argument("--real", type=Path, help="nnU-Net's preprocessed folder")
+    parser.add_argument("--raw", type=Path, help="folder of the same raw data sets")
     parser.add_argument(
         "--allocate", action="store_true", help="let nnU-Net allocate its networks (slow, same numbers)"
     )
@@ -282,13 +311,15 @@ def main() -> int:
         datasets += [real_dataset(f.parent) for f in sorted(arguments.real.glob("*/dataset_fingerprint.json"))]
     answers = ask_nnunet(arguments.nnunet_python, datasets, arguments.presets, not arguments.allocate)
     result = compare(datasets, answers, arguments.presets)
+    if arguments.raw:
+        result["from_raw"] = compare_raw(arguments.raw, datasets[arguments.random :], answers[arguments.random :])
     result |= {"python": platform.python_version(), "machine": platform.machine(), "random": arguments.random}
     result |= {"real": [d["name"] for d in datasets[arguments.random :]]}
     text = json.dumps(result, indent=2)
     print(text[:8000])
     if arguments.output:
         arguments.output.write_text(text + "\n")
-    return 1 if result["differences"] else 0
+    return 1 if result["differences"] or any(result.get("from_raw", {}).values()) else 0
 
 
 if __name__ == "__main__":
