@@ -246,18 +246,26 @@ def count_fields(value: Any) -> int:
     return 1 if children is None else sum(count_fields(child) for child in children)
 
 
-def ask_nnunet(python: Path, datasets: list[dict[str, Any]], presets: list[str], on_meta: bool) -> list[dict[str, Any]]:
-    """nnU-Net's plans of the data sets, made by its own interpreter."""
+def ask_nnunet(python: Path, task: dict[str, Any], kept: Path | None) -> list[dict[str, Any]]:
+    """nnU-Net's plans of the task's data sets, made by its own interpreter, or kept from an equal task."""
+    task = json.loads(json.dumps(task))
+    if kept is not None and kept.is_file():
+        content = json.loads(kept.read_text())
+        if content["task"] == task:
+            return list(content["answers"])
     with tempfile.TemporaryDirectory() as folder:
-        task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
-        task.write_text(json.dumps({"datasets": datasets, "presets": presets, "on_meta_device": on_meta}))
-        subprocess.run([str(python), __file__, "--worker", str(task), str(answer)], check=True)
-        return list(json.loads(answer.read_text()))
+        task_file, answer_file = Path(folder) / "task.json", Path(folder) / "answer.json"
+        task_file.write_text(json.dumps(task))
+        command = [str(python), "-W", "ignore", __file__, "--worker", str(task_file), str(answer_file)]
+        subprocess.run(command, check=True)
+        answers = list(json.loads(answer_file.read_text()))
+    if kept is not None:
+        kept.write_text(json.dumps({"task": task, "answers": answers}))
+    return answers
 
 
 def compare(datasets: list[dict[str, Any]], answers: list[dict[str, Any]], presets: list[str]) -> dict[str, Any]:
     """Counts of equal plans, all differences, and the time that each planner took, imports left out."""
-    import_module("autossl.planners.plan_experiment")
     faults: dict[str, list[str]] = {}
     figures = {
         p: {"plans": 0, "equal": 0, "fields": 0, "with_lowres": 0, "ours_s": [], "nnunet_s": []} for p in presets
@@ -304,12 +312,15 @@ def main() -> int:
     parser.add_argument(
         "--allocate", action="store_true", help="let nnU-Net allocate its networks (slow, same numbers)"
     )
+    parser.add_argument("--keep_answers", type=Path, help="file to keep nnU-Net's plans in, for the next time")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     datasets = [random_dataset(seed) for seed in range(arguments.first_seed, arguments.first_seed + arguments.random)]
     if arguments.real:
         datasets += [real_dataset(f.parent) for f in sorted(arguments.real.glob("*/dataset_fingerprint.json"))]
-    answers = ask_nnunet(arguments.nnunet_python, datasets, arguments.presets, not arguments.allocate)
+    task = {"datasets": datasets, "presets": arguments.presets, "on_meta_device": not arguments.allocate}
+    import_module("autossl.planners.plan_experiment")  # a fault here shows before the long part
+    answers = ask_nnunet(arguments.nnunet_python, task, arguments.keep_answers)
     result = compare(datasets, answers, arguments.presets)
     if arguments.raw:
         result["from_raw"] = compare_raw(arguments.raw, datasets[arguments.random :], answers[arguments.random :])
