@@ -78,7 +78,10 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, on_progress: On
     evaluations = {}
     for method, run in runs.items():
         output = workspace.root / "predictions" / method
-        predict(PredictRequest(input=dataset / "imagesTs", output=output, model=run, device=settings.device))
+        request = PredictRequest(
+            input=dataset / "imagesTs", output=output, model=run, device=settings.device, overwrite=True
+        )
+        predict(request, lambda at, method=method: report(f"predict with {method}", at.done + int(at.share), at.total))
         schema = read_raw_dataset(dataset).description.label_schema()
         evaluations[method] = evaluate_folder(output, dataset / "labelsTs", schema, output=output / "summary.json")
     picture = workspace.root / "pictures.png"

@@ -30,8 +30,8 @@ EMPTY_MASK_RULE = (
     "only the prediction empty: Dice and IoU 0, relative volume error -1 (n_missed); "
     "voxels with the ignore label in the reference count nowhere"
 )
-SIDE_MAP_SUFFIXES = ("_uncertainty", "_entropy", "_disagreement")
-"""Files that predicting writes beside CASE.nii.gz; they are no label maps."""
+SIDE_MAP_SUFFIXES = ("_entropy", "_disagreement")
+"""What predicting may write beside a case's label map."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def evaluate_folder(
 
 
 def label_files(folder: Path) -> dict[str, Path]:
-    """Label maps of a folder, case id → file, sorted; side maps such as uncertainties are passed over.
+    """Label maps of a folder, case id → file, sorted; uncertainty maps beside them are passed over.
 
     Raises:
         InvalidInput: The folder does not exist, holds no label map, or a case twice (with different endings).
@@ -162,7 +162,7 @@ def label_files(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         ending = file_ending_of(path)
         case = path.name[: len(path.name) - len(ending)]
-        if not ending or path.name.startswith(".") or case.endswith(SIDE_MAP_SUFFIXES):
+        if not ending or path.name.startswith("."):
             continue
         if case in files:
             fix = "remove the one that does not belong here"
@@ -170,6 +170,8 @@ def label_files(folder: Path) -> dict[str, Path]:
         files[case] = path
     if twice:
         raise InvalidInput(twice)
+    for side_map in [f"{case}{suffix}" for case in files for suffix in SIDE_MAP_SUFFIXES]:
+        files.pop(side_map, None)
     if not files:
         wanted = f"files CASE{{ending}} with an ending of {', '.join(FILE_ENDINGS)}"
         raise InvalidInput(Problem("no label map in the folder", wanted, "check the path", file=folder))

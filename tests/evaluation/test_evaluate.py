@@ -120,8 +120,15 @@ def test_nothing_is_written_when_something_is_wrong(folders: tuple[Path, Path], 
 
 
 def test_uncertainty_maps_beside_the_label_maps_are_no_cases(folders: tuple[Path, Path]) -> None:
-    write(folders[0] / "a_uncertainty.nii.gz", [0, 0, 0, 0])
+    for name in ("a_entropy", "a_disagreement"):
+        write(folders[0] / f"{name}.nii.gz", [0, 0, 0, 0])
     assert list(evaluate_folder(*folders, SCHEMA).cases) == ["a", "b", "c"]
+
+
+def test_a_case_whose_own_name_ends_like_an_uncertainty_map_is_scored(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        write(folder / "low_entropy.nii.gz", [1, 0, 0, 0])
+    assert "low_entropy" in evaluate_folder(*folders, SCHEMA).cases
 
 
 def test_a_case_in_two_formats_is_refused(folders: tuple[Path, Path]) -> None:

@@ -1,0 +1,112 @@
+"""`autossl_predict`: segments a folder of images with a trained run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autossl.cli.options import add_device, add_workspace, fold_name, label_budget, non_negative, positive, share
+from autossl.cli.progress import CommandProgress
+from autossl.cli.run_command import new_parser, run_command
+
+if TYPE_CHECKING:
+    from autossl.inference.predict import PredictProgress, PredictRequest
+
+EPILOG = """\
+Of the dataset's runs exactly one must fit the options; otherwise they are listed.
+--save_uncertainty: entropy of the mean probabilities, and the disagreement of several folds, as NIfTI.
+
+example: autossl_predict -i IMAGES -o SEGMENTATIONS -d 4 -c 3d_fullres -m mean_teacher"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(_parser(), _predict, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("autossl_predict", EPILOG)
+    parser.add_argument("-i", "--input", type=Path, required=True, metavar="FOLDER", help="images, as in imagesTr")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where results are written")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("-d", "--dataset", metavar="DATASET", help="dataset that the run was trained on (4 or its name)")
+    model.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="the folder that holds fold_0, instead of a dataset"
+    )
+    run = parser.add_argument_group("which run of the dataset")
+    run.add_argument("-c", "--configuration", metavar="C", help="2d, 3d_fullres or 3d_lowres")
+    run.add_argument("-m", "--method", metavar="METHOD", help="see autossl_methods")
+    run.add_argument("--preset", metavar="P", help="of its plans")
+    run.add_argument("--labeled", metavar="N", type=_budget, help="its label budget; 'all' for runs without one")
+    run.add_argument("--draw", type=non_negative, metavar="D", help="its draw of labels")
+    run.add_argument("--seed", type=non_negative, metavar="S", help="its seed")
+    run.add_argument("--tag", metavar="T", help="its tag; '' for runs without one")
+    parser.add_argument(
+        "-f", "--folds", nargs="+", type=fold_name, metavar="FOLD", help="default: all finished folds but fold all"
+    )
+    parser.add_argument("--save_probabilities", action="store_true", help="write CASE.npz as well")
+    parser.add_argument("--save_uncertainty", action="store_true", help="write entropy and disagreement as well")
+    parser.add_argument("--no_mirroring", action="store_true", help="faster, slightly less accurate")
+    parser.add_argument(
+        "--step_size", type=share, default=0.5, metavar="S", help="of the window, in its own size (default: 0.5)"
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="skip cases whose results are complete")
+    again.add_argument("--overwrite", action="store_true", help="predict again what is there")
+    parser.add_argument("--num_parts", type=positive, default=1, metavar="N", help="share the work among N commands")
+    parser.add_argument("--part_id", type=non_negative, default=0, metavar="K", help="this one's part, 0 to N-1")
+    add_device(parser)
+    add_workspace(parser)
+    return parser
+
+
+def _budget(text: str) -> str:
+    return text if text == "all" else label_budget(text)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from autossl.inference.predict import predict
+
+    with CommandProgress(arguments.quiet) as progress:
+
+        def show(at: PredictProgress) -> None:
+            progress.update("cases", at.done + int(at.share), at.total, {"of this case": at.share})
+
+        result = predict(_request(arguments), show)
+    already = f", {len(result.skipped)} were there" if result.skipped else ""
+    print(f"run: {result.model}, fold {', '.join(result.folds)}")
+    print(f"{len(result.predicted)} cases predicted{already}: {result.output}")
+
+
+def _request(arguments: argparse.Namespace) -> PredictRequest:
+    from autossl.data.runs import RunFilter
+    from autossl.inference.predict import PredictRequest
+
+    return PredictRequest(
+        input=arguments.input,
+        output=arguments.output,
+        dataset=arguments.dataset,
+        run=RunFilter(
+            configuration=arguments.configuration,
+            preset=arguments.preset,
+            method=arguments.method,
+            labeled=arguments.labeled,
+            draw=arguments.draw,
+            seed=arguments.seed,
+            tag=arguments.tag,
+        ),
+        workspace=arguments.workspace,
+        model=arguments.model,
+        folds=tuple(arguments.folds) if arguments.folds else None,
+        save_probabilities=arguments.save_probabilities,
+        save_uncertainty=arguments.save_uncertainty,
+        mirroring=not arguments.no_mirroring,
+        step_size=arguments.step_size,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        num_parts=arguments.num_parts,
+        part_id=arguments.part_id,
+        device=arguments.device,
+    )
