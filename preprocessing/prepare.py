@@ -33,7 +33,6 @@ __all__ = [
     "PreparedCase",
     "prepare_case",
     "prepare_label",
-    "remap_labels",
     "sample_class_locations",
 ]
 
@@ -136,14 +135,6 @@ def sample_class_locations(label: LabelArray, schema: LabelSchema) -> dict[str, 
         if len(voxels) > MAX_LOCATIONS:
             voxels = generator.choice(voxels, MAX_LOCATIONS, replace=False)
         result[name] = np.stack(np.unravel_index(voxels, label.shape), axis=1).astype(kind)
-    return result
-
-
-def remap_labels(label: LabelArray, mapping: Mapping[int, int]) -> LabelArray:
-    """The label map with each value old of {old: new} replaced; values are exchanged at once, not one after another."""
-    result = label.astype(np.int32) if mapping else label
-    for old, new in mapping.items():
-        result[label == old] = new
     return result
 
 
