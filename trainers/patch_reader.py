@@ -1,0 +1,121 @@
+"""Reads patches of preprocessed cases; keeps a bounded number of files open per process.
+
+Arrays are blosc2 files in memory-mapped mode, so only the chunks under a patch are decompressed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autossl.data.labels import LabelSchema
+from autossl.data.problems import InvalidInput, Problem
+from autossl.data.store import open_array, read_class_locations
+from autossl.trainers.sampling import Locations
+
+MAX_OPEN = 128
+"""Arrays that one process keeps open; beyond it the least recently used one is closed."""
+MAX_LOCATIONS = 10_000
+"""Voxels per class that are kept of a pseudo-label map."""
+
+
+class CaseReader:
+    """Opens files on first use. A file that is replaced later is not noticed: make a new reader after a refresh.
+
+    Args:
+        max_open: bound on open arrays, and on cached voxel lists.
+    """
+
+    def __init__(self, max_open: int = MAX_OPEN) -> None:
+        self.max_open = max_open
+        self._forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.max_open,)
+
+    def shape(self, path: Path) -> tuple[int, ...]:
+        """Shape of a stored array, channels included."""
+        return tuple(self._opened(path).shape)
+
+    def read(self, path: Path, start: Sequence[int], size: Sequence[int]) -> npt.NDArray[Any]:
+        """Box of an array [..., z, y, x], zero outside the array; the box may leave it or miss it.
+
+        Raises:
+            InvalidInput: the file is missing, cut off or no array.
+        """
+        array = self._opened(path)
+        lead = array.shape[:-3]
+        begin = [max(0, s) for s in start]
+        end = [min(n, s + k) for s, k, n in zip(start, size, array.shape[-3:], strict=True)]
+        if any(b >= e for b, e in zip(begin, end, strict=True)):
+            return np.zeros((*lead, *size), dtype=array.dtype)
+        found = np.empty((*lead, *(e - b for b, e in zip(begin, end, strict=True))), dtype=array.dtype)
+        # What slicing the array calls in the end; for a small patch, working out the slices takes longer than reading.
+        box = ([0] * len(lead) + begin, list(lead) + end)
+        _explained(path, lambda: array.get_slice_numpy(found, box))
+        if found.shape[len(lead) :] == tuple(size):
+            return found
+        padded = np.zeros((*lead, *size), dtype=array.dtype)
+        z, y, x = (slice(b - s, e - s) for b, e, s in zip(begin, end, start, strict=True))
+        padded[..., z, y, x] = found
+        return padded
+
+    def locations(self, path: Path) -> Locations:
+        """Voxel coordinates per class, as preprocessing stored them."""
+        self._renew_after_fork()
+        return _explained(path, lambda: self._load_locations(path))
+
+    def locations_in_map(self, path: Path, schema: LabelSchema) -> Locations:
+        """Voxel coordinates per foreground class of a stored label map (a pseudo-label); reads all of it once."""
+        self._renew_after_fork()
+        names = tuple((name, tuple(values)) for name, values in schema.foreground.items())
+        return _explained(path, lambda: self._scan(path, names))
+
+    def _opened(self, path: Path) -> Any:
+        self._renew_after_fork()
+        return _explained(path, lambda: self._open(path))
+
+    def _renew_after_fork(self) -> None:
+        if self._process != os.getpid():
+            self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._open = lru_cache(self.max_open)(open_array)
+        self._load_locations = lru_cache(self.max_open)(read_class_locations)
+        self._scan = lru_cache(self.max_open)(_scan_map)
+
+
+def _scan_map(path: Path, names: tuple[tuple[str, tuple[int, ...]], ...]) -> Locations:
+    label_map = open_array(path)[:]
+    found = {}
+    for name, values in names:
+        voxels = np.argwhere(np.isin(label_map, values))
+        if len(voxels) > MAX_LOCATIONS:
+            voxels = np.random.default_rng(0).choice(voxels, MAX_LOCATIONS, replace=False)
+        found[name] = voxels.astype(np.int32)
+    return found
+
+
+def _explained(path: Path, action: Callable[[], Any]) -> Any:
+    """The action's result; what the array library throws becomes `InvalidInput` with the file."""
+    try:
+        return action()
+    except InvalidInput:
+        raise
+    except Exception as error:  # blosc2 throws RuntimeError, ValueError, OSError, KeyError… on damaged files
+        raise InvalidInput(
+            Problem(
+                f"its voxels could not be read ({type(error).__name__}: {error})",
+                "a complete preprocessed array (.b2nd)",
+                "delete the file and run autossl_plan_and_preprocess again: it makes what is missing",
+                case=path.stem,
+                file=path,
+            )
+        ) from error
