@@ -15,8 +15,8 @@ OUTSIDE_SHARE = 0.1
 """Share of unlabeled cases beyond the labeled range (widened by `RATIO`) from which a note is made."""
 SEPARATION = 0.25
 """|P(unlabeled > labeled) - 1/2| from which intensities count as different: 3 of 4 pairs point the same way."""
-STANDARD_ERRORS = 3.0
-"""The separation must also be this many standard errors (Mann-Whitney) from chance; 3 labeled cases suffice."""
+STANDARD_ERRORS = 2.5
+"""The separation must also be this many standard errors (Mann-Whitney) from chance; 3 against 10 cases can be."""
 MEDIAN, LOW, HIGH = 3, 1, 5
 """Positions of the quantiles 0.5, 0.05 and 0.95 in `intensity_quantiles`."""
 

@@ -133,11 +133,11 @@ def extract_fingerprint(
     reuse = _Reuse.of(raw, settings, None if verify else previous, options.folder)
     with _staging(options.folder) as staging:
         results = _run(raw, replace(settings, foreground_folder=staging), reuse, n_workers, options, findings)
+        for line in grouped(findings.warnings):
+            logger.warning("%s: %s", raw.name, line)
         findings.raise_errors(raw.name)
         if options.folder is not None and staging is not None:
             _publish_foreground(staging, options.folder, [case.id for case in raw.labeled])
-    for line in grouped(findings.warnings):
-        logger.warning("%s: %s", raw.name, line)
     return _assemble(raw, settings, results, reuse)
 
 

@@ -15,7 +15,7 @@ from autossl.data.files import write_json
 from autossl.data.image_io import orientation_for
 from autossl.data.integrity import parse_remap_labels
 from autossl.data.problems import InvalidInput, Problem, nearest
-from autossl.data.raw_dataset import RawDataset, read_raw_dataset
+from autossl.data.raw_dataset import RawDataset, inspect_raw_dataset
 from autossl.data.splits import Split, load_or_make_split, split_cases
 from autossl.data.workspace import Workspace
 from autossl.planners.facts import dataset_facts
@@ -105,9 +105,9 @@ def plan_and_preprocess(
     name = workspace.find_dataset(str(dataset))
     folder = workspace.preprocessed_folder(name)
     with _as_it_was(folder):
-        raw = read_raw_dataset(workspace.raw_folder(name))
+        raw, problems = inspect_raw_dataset(workspace.raw_folder(name))
         mapping = parse_remap_labels(remap_labels, raw.description.label_schema()) if remap_labels else None
-        scan = ScanOptions(remap_labels=mapping, folder=folder, on_case=_on_case(on_progress, "scan"))
+        scan = ScanOptions(mapping, folder, known_problems=problems, on_case=_on_case(on_progress, "scan"))
         previous = previous_fingerprint(folder / FINGERPRINT)
         orientation = orientation_for(raw.description.file_ending)
         fingerprint = extract_fingerprint(raw, orientation, n_workers, verify_dataset_integrity, previous, scan)

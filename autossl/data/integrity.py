@@ -43,14 +43,13 @@ class Findings:
         self.warnings += other.warnings
 
     def raise_errors(self, name: str) -> None:
-        """Raises `InvalidInput` that lists every error (and counts the warnings), where there is an error."""
+        """Raises `InvalidInput` that lists every error, where there is one."""
         if not self.errors:
             return
         counted = f"{len(self.errors)} problem{'s' if len(self.errors) > 1 else ''}"
         cases = len({problem.case for problem in self.errors if problem.case})
         in_cases = f" in {cases} case{'s' if cases > 1 else ''}" if cases else ""
-        warned = f" ({len(self.warnings)} warnings beside)" if self.warnings else ""
-        raise InvalidInput(self.errors, title=f"{name} has {counted}{in_cases}{warned}; nothing was written:")
+        raise InvalidInput(self.errors, title=f"{name} has {counted}{in_cases}; nothing was written:")
 
 
 def check_label_numbers(schema: LabelSchema, file: Path) -> Findings:
@@ -136,7 +135,7 @@ def check_label_map(
                 file,
             )
         )
-    if not any(counts.get(value) for values in schema.foreground.values() for value in values):
+    if not undeclared and not any(counts.get(value) for values in schema.foreground.values() for value in values):
         fix = "check that the annotation was saved; move the case to imagesUn where it was not annotated"
         findings.warnings.append(Problem("the label map has no foreground", "some labeled voxels", fix, case, file))
     return findings
@@ -265,7 +264,7 @@ def _largest_angle(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64
 
 
 def _text(values: Iterable[float]) -> str:
-    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+    return "(" + ", ".join(f"{round(value, 6) + 0.0:.4g}" for value in values) + ")"
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -15,7 +15,16 @@ from autossl.data.problems import InvalidInput, Problem, nearest
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Case", "DatasetDescription", "Pool", "RawDataset", "case_files", "read_description", "read_raw_dataset"]
+__all__ = [
+    "Case",
+    "DatasetDescription",
+    "Pool",
+    "RawDataset",
+    "case_files",
+    "inspect_raw_dataset",
+    "read_description",
+    "read_raw_dataset",
+]
 
 Pool = Literal["labeled", "unlabeled", "test"]
 IMAGE_FOLDERS: dict[str, Pool] = {"imagesTr": "labeled", "imagesUn": "unlabeled", "imagesTs": "test"}
@@ -82,6 +91,18 @@ def read_raw_dataset(folder: Path) -> RawDataset:
         InvalidInput: with all problems together: no dataset, faults in dataset.json, missing channels, labels without
             an image, mixed file endings, unusable or repeated case ids, faults in cases.csv.
     """
+    dataset, problems = inspect_raw_dataset(folder)
+    if problems:
+        raise InvalidInput(problems, title=f"{dataset.name} has {len(problems)} problem{'s'[: len(problems) > 1]}:")
+    return dataset
+
+
+def inspect_raw_dataset(folder: Path) -> tuple[RawDataset, list[Problem]]:
+    """As `read_raw_dataset`, with the problems beside the cases that have none, so that a scan can add its own.
+
+    Raises:
+        InvalidInput: where the folder is no dataset or its dataset.json cannot be used.
+    """
     folder = Path(folder)
     _check_is_dataset(folder)
     problems: list[Problem] = []
@@ -100,15 +121,13 @@ def read_raw_dataset(folder: Path) -> RawDataset:
     if not problems and not any(case.pool == "labeled" for case in cases):
         expected = f"at least one labelsTr/CASE{description.file_ending} beside its images in imagesTr"
         problems.append(Problem("no labeled case", expected, "add label files", file=folder / "labelsTr"))
-    if problems:
-        raise InvalidInput(problems, title=f"{folder.name} has {len(problems)} problem{'s'[: len(problems) > 1]}:")
     dataset = RawDataset(folder.name, folder, description, tuple(cases))
     forgotten = [case.id for case in dataset.without_label_file]
     if forgotten:
         logger.warning(
             "%d cases in imagesTr have no label file and count as unlabeled: %s", len(forgotten), ", ".join(forgotten)
         )
-    return dataset
+    return dataset, problems
 
 
 def _check_is_dataset(folder: Path) -> None:
