@@ -267,7 +267,7 @@ def ask_nnunet(python: Path, task: dict[str, Any], kept: Path | None) -> list[di
 def compare(datasets: list[dict[str, Any]], answers: list[dict[str, Any]], presets: list[str]) -> dict[str, Any]:
     """Counts of equal plans, all differences, and the time that each planner took, imports left out."""
     faults: dict[str, list[str]] = {}
-    figures = {
+    figures: dict[str, dict[str, Any]] = {
         p: {"plans": 0, "equal": 0, "fields": 0, "with_lowres": 0, "ours_s": [], "nnunet_s": []} for p in presets
     }
     for dataset, answer in zip(datasets, answers, strict=True):

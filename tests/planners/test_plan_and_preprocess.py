@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -112,7 +113,7 @@ def test_what_cannot_be_done_leaves_the_workspace_as_it_was(
 
 def test_a_faulty_label_leaves_the_workspace_as_it_was_until_it_is_mapped(workspace: Workspace) -> None:
     label = next((_raw(workspace) / "labelsTr").iterdir())
-    image = nibabel.load(label)
+    image: Any = nibabel.load(label)
     values = np.asarray(image.dataobj).copy()
     values[values == values.max()] = 7
     nibabel.save(nibabel.Nifti1Image(values, image.affine), label)

@@ -73,6 +73,7 @@ def test_sizes_after_resampling_are_rounded_half_to_even() -> None:
 
 def test_coarser_moves_only_the_fine_axes_until_they_are_within_a_factor_of_two() -> None:
     assert coarser(np.array([5.0, 1, 2.6])).tolist() == [5, 1.03, 2.6]
+    assert coarser(np.array([5.0, 1, 2])).tolist() == [5, 1.03, 2.06]
     assert coarser(np.array([2.0, 1, 1])).tolist() == [2.06, 1.03, 1.03]
 
 
