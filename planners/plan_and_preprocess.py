@@ -17,6 +17,7 @@ from autossl.data.integrity import parse_remap_labels
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.data.raw_dataset import RawDataset, inspect_raw_dataset
 from autossl.data.splits import Split, load_or_make_split, split_cases
+from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
 from autossl.planners.facts import dataset_facts
 from autossl.planners.fingerprint import (
@@ -28,6 +29,7 @@ from autossl.planners.fingerprint import (
 )
 from autossl.planners.plan_experiment import BUILT_IN_METHODS, PlanOptions, check_options, plan_from_facts
 from autossl.planners.plans import Plans, read_plans, write_plans
+from autossl.preprocessing.preprocess import preprocess_cases
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def plan_and_preprocess(
         split = load_or_make_split(folder, split_cases(raw), duplicates=fingerprint.duplicates)
     _write(folder, raw, fingerprint, plans)
     wanted = options.configurations or tuple(plans.configurations)
-    data = preprocess_planned(raw, fingerprint, plans, folder, wanted, n_workers, on_progress) if preprocess else {}
+    data = preprocess_planned(raw, fingerprint, plans, wanted, folder, n_workers, on_progress) if preprocess else {}
     return PlanResult(name, folder, fingerprint, split, plans, plans_file(folder, preset), data)
 
 
@@ -125,15 +127,35 @@ def preprocess_planned(
     fingerprint: Fingerprint,
     plans: Plans,
     configurations: Sequence[str],
+    preprocessed_folder: Path,
     n_workers: int | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Preprocesses what is missing for these configurations of plans, hand-edited ones too.
+    """Preprocesses what is missing for these configurations; also for plans that were edited by hand.
 
     Returns:
         Configuration → folder of its cases.
+
+    Raises:
+        InvalidInput: A configuration is not planned, or a case cannot be prepared.
+        WorkerError: A worker died; the cases that were finished stay.
     """
-    raise NotImplementedError
+    folders = {name: preprocessed_folder / "data" / plans.data_hash(name) for name in configurations}
+    for name, folder in folders.items():
+        preprocess_cases(
+            raw,
+            plans,
+            name,
+            CaseStore(folder),
+            n_workers,
+            remap_labels=fingerprint.remap_labels,
+            progress=None if on_progress is None else partial(_case_last, on_progress, name),
+        )
+    return folders
+
+
+def _case_last(on_progress: Progress, stage: str, done: int, total: int, case: str) -> None:
+    on_progress(stage, case, done, total)
 
 
 def plans_file(preprocessed_folder: Path, preset: str) -> Path:

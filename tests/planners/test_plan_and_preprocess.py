@@ -15,6 +15,7 @@ import pytest
 from autossl.data.files import read_json, write_json
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
+from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import PlanResult, find_plans, plan_and_preprocess, plans_file
 
@@ -122,6 +123,24 @@ def test_a_faulty_label_leaves_the_workspace_as_it_was_until_it_is_mapped(worksp
     assert [path.name for path in workspace.root.iterdir()] == ["raw"]
     assert _plan(workspace, remap_labels=["7=2"]).fingerprint.remap_labels == {7: 2}
     assert _plan(workspace).fingerprint.remap_labels == {7: 2}  # kept with the data set
+
+
+def test_cases_are_preprocessed_once_for_what_is_asked(planned: Workspace) -> None:
+    done: list[tuple[str, int, int]] = []
+    result = _plan(
+        planned,
+        preprocess=True,
+        configurations=["2d"],
+        on_progress=lambda stage, _, *count: done.append((stage, *count)),
+    )
+    assert done == [("2d", number, 5) for number in range(1, 6)]  # the test case is left to prediction
+    assert set(result.data_folders) == {"2d"}
+    store = CaseStore(result.data_folders["2d"])
+    assert all(store.has(case, labeled=True) for case in result.fingerprint.of_pool("labeled"))
+    assert all(not store.label_path(case).exists() for case in result.fingerprint.of_pool("unlabeled"))
+    before = _tree(result.folder)
+    _plan(planned, preprocess=True, configurations=["2d"])
+    assert _tree(result.folder) == before
 
 
 def test_an_unknown_dataset_names_the_nearest(workspace: Workspace) -> None:
