@@ -75,15 +75,10 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, on_progress: On
         on_progress=lambda stage, case, done, total: report(f"plan and preprocess: {stage}", done, total),
     )
     runs = {method: _train(workspace, settings, method, report) for method in settings.methods}
-    evaluations = {}
-    for method, run in runs.items():
-        output = workspace.root / "predictions" / method
-        request = PredictRequest(
-            input=dataset / "imagesTs", output=output, model=run, device=settings.device, overwrite=True
-        )
-        predict(request, lambda at, method=method: report(f"predict with {method}", at.done + int(at.share), at.total))
-        schema = read_raw_dataset(dataset).description.label_schema()
-        evaluations[method] = evaluate_folder(output, dataset / "labelsTs", schema, output=output / "summary.json")
+    evaluations = {
+        method: _predict_and_score(dataset, run, workspace.root / "predictions" / method, settings.device, report)
+        for method, run in runs.items()
+    }
     picture = workspace.root / "pictures.png"
     draw_outlines(picture, _pictured_cases(read_raw_dataset(dataset), evaluations, settings.n_pictured))
     return DemoResult(workspace, evaluations, runs, picture, time.monotonic() - start)
@@ -106,6 +101,14 @@ def _train(workspace: Workspace, settings: DemoSettings, method: str, report: On
         on_step=lambda fold, done, total, losses: report(f"train {method}", done, total), handle_signals=True
     )
     return train(request, hooks).folder
+
+
+def _predict_and_score(dataset: Path, run: Path, output: Path, device: str, report: OnProgress) -> Evaluation:
+    """Segments the test cases of the dataset with a run and scores them; `output` is named after the method."""
+    request = PredictRequest(input=dataset / "imagesTs", output=output, model=run, device=device, overwrite=True)
+    predict(request, lambda at: report(f"predict with {output.name}", at.done + int(at.share), at.total))
+    schema = read_raw_dataset(dataset).description.label_schema()
+    return evaluate_folder(output, dataset / "labelsTs", schema, output=output / "summary.json")
 
 
 def _pictured_cases(raw: RawDataset, evaluations: Mapping[str, Evaluation], number: int) -> list[PicturedCase]:
