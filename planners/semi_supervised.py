@@ -139,7 +139,9 @@ def decide(facts: DatasetFacts, preset: Preset, sizes: Mapping[str, Sizes], meth
     steps, steps_why = total_steps(preset, facts.n_labeled_patients)
     decay = ema_decay_max(steps)
     statistics = facts.statistics
-    classes = list(statistics.classes.values()) if statistics else []
+    classes = statistics.classes if statistics else {}
+    single_why = "; ".join(f"{name}: {found.single_component_why}" for name, found in classes.items())
+    elliptic_why = "; ".join(f"{name}: {found.elliptic_why}" for name, found in classes.items())
     configuration, configuration_why = recommend_configuration(sizes)
     method, method_why = recommend_method(facts.n_labeled_patients, facts.n_unlabeled, methods)
     plan = SemiSupervisedPlan(
@@ -166,8 +168,8 @@ def decide(facts: DatasetFacts, preset: Preset, sizes: Mapping[str, Sizes], meth
             f"clip(1 - {EMA_WINDOWS}/{steps}, {EMA_RANGE[0]}, {EMA_RANGE[1]}): the teacher averages the last "
             f"{round(1 / (1 - decay))} steps"
         ),
-        "single_component_classes": "; ".join(found.single_component_why for found in classes) or NOT_MEASURED,
-        "elliptic_classes": "; ".join(found.elliptic_why for found in classes) or NOT_MEASURED,
+        "single_component_classes": single_why or NOT_MEASURED,
+        "elliptic_classes": elliptic_why or NOT_MEASURED,
         "recommended_configuration": configuration_why,
         "recommended_method": method_why,
     }

@@ -208,6 +208,7 @@ def test_gated_classes_follow_the_labeled_cases() -> None:
     plans = _plans(replace(HIPPOCAMPUS, statistics=statistics))
     assert plans.semi_supervised.single_component_classes == (2,)
     assert plans.semi_supervised.elliptic_classes == (2,)
+    assert "front: one component" in plans.why["semi_supervised.single_component_classes"]
     assert "0 of 4" in plans.why["semi_supervised.single_component_classes"]
     assert "0.970 over 4 of 4" in plans.why["semi_supervised.elliptic_classes"]
 
