@@ -136,13 +136,6 @@ class Predictor:
         ]
         return cls(spec, networks, schema.n_outputs, window or Window.of(plan), device)
 
-    def n_forward_passes(self, shape: Sequence[int]) -> int:
-        """Tiles of a volume [z,y,x] times views, members and folds: what a progress bar counts against."""
-        tile = self.window.tile_zyx
-        padded = [max(n, edge) for n, edge in zip(shape, tile, strict=True)]
-        tiles = sum(len(group.starts) for group in tile_groups(padded, tile, self.window.step_size))
-        return tiles * len(self._views) * len(self.spec.members) * len(self.folds)
-
     def logits(self, image: Tensor | npt.NDArray[np.floating[Any]]) -> Tensor:
         """Logits [K,z,y,x] of a preprocessed image [C,z,y,x], averaged over folds; float32 on the CPU."""
         result = torch.empty((self.n_outputs, *image.shape[1:]), dtype=torch.float32)

@@ -23,7 +23,7 @@ from autossl.data.store import CaseStore
 from autossl.inference.model_folder import read_model
 from autossl.inference.predict import PredictProgress, PredictRequest, predict
 from autossl.inference.predictor import Window
-from autossl.inference.preprocessed import predict_preprocessed, predict_preprocessed_grid
+from autossl.inference.preprocessed import original_grid, predict_preprocessed, predict_preprocessed_grid
 from autossl.planners.plans import write_plans
 from autossl.preprocessing.prepare import prepare_case
 
@@ -83,6 +83,27 @@ def test_folder_prediction_equals_preprocessing_and_predicting_by_hand(
     assert geometry == image.geometry
     assert len(np.unique(label_map)) > 1
     assert predict_preprocessed_grid(predictor, prepared.image, SCHEMA).shape == prepared.image.shape[1:]
+
+
+@pytest.mark.parametrize(
+    "spacing, target, axis",
+    [
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), None),
+        ((5.0, 1.0, 1.0), (1.5, 1.5, 1.5), 0),  # coarse before preprocessing
+        ((5.0, 1.0, 1.0), (1.0, 4.0, 1.0), 1),  # both: the prepared grid is where the way back begins
+        ((1.0, 4.0, 1.0), (4.0, 4.0, 1.0), None),  # two equally coarse axes
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 3.5), 2),  # coarse after it
+        ((1.0, 3.0, 1.0), (1.0, 2.0, 1.0), None),
+    ],
+)
+def test_the_coarse_axis_is_looked_for_on_the_way_back(
+    spacing: tuple[float, float, float], target: tuple[float, float, float], axis: int | None, tmp_path: Path
+) -> None:
+    image = read_image(sorted(write_tiny_images(tmp_path, ["a"]).iterdir()), "RAS")
+    properties = prepare_case(image, None, tiny_plans(), "3d_fullres").properties
+    grid = original_grid(replace(properties, spacing_mm=spacing, target_spacing_mm=target))
+    assert grid.coarse_axis == axis
+    assert grid.cropped_shape == properties.shape_after_crop
 
 
 def test_probabilities_and_uncertainty_are_written_beside(request_of: Callable[..., PredictRequest]) -> None:

@@ -130,6 +130,14 @@ def test_streaming_equals_the_full_size_sums(shape: tuple[int, int, int], at_onc
     torch.testing.assert_close(predictor.logits(image), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_small_images_lie_in_the_middle_of_the_patch() -> None:
+    def row(tiles: Tensor) -> Tensor:
+        return torch.arange(8.0).view(-1, 1, 1).expand(len(tiles), 1, *tiles.shape[2:])
+
+    logits = Predictor(spec_of(), [[row]], 1, Window((8, 8, 8))).logits(torch.zeros(1, 3, 8, 8))
+    assert logits[0, :, 0, 0].tolist() == [2, 3, 4]  # 5 rows are missing: 2 before, 3 behind
+
+
 def test_2d_networks_see_every_slice_for_itself() -> None:
     network = build_network(small_architecture(2), 1, 2, deep_supervision=False, seed=0).eval()
     image = torch.randn(1, 5, 16, 12)
@@ -221,11 +229,6 @@ def test_output_that_is_not_finite_is_an_error_not_a_label() -> None:
     image[0, 4, 4, 4] = np.nan
     with pytest.raises(InvalidInput, match="not finite"):
         Predictor(spec_of(), [[copies(2)]], 2, Window((8, 8, 8))).logits(image)
-
-
-def test_progress_counts_tiles_views_members_and_folds() -> None:
-    predictor = Predictor(spec_of(2), [[copies(2)] * 2] * 5, 2, Window((8, 8, 8), (0, 1)))
-    assert predictor.n_forward_passes((12, 8, 3)) == 2 * 4 * 2 * 5
 
 
 def test_steps_outside_of_a_tile_are_refused() -> None:
