@@ -193,15 +193,12 @@ class _Reuse:
         entries = {}
         for case in raw.cases:
             entry = previous.cases.get(case.id)
-            if entry is not None and entry.pool == case.pool and entry.files == file_stamps(case, raw.folder):
+            if entry is not None and entry.files == file_stamps(case, raw.folder):
                 entries[case.id] = entry
         labeled = [case.id for case in raw.labeled]
         if labeled == list(previous.of_pool("labeled")) and all(case in entries for case in labeled):
             return cls(entries, previous.foreground_intensity_properties_per_channel)
         # The draws per case depend on the number of labeled cases: they are drawn again, from what was kept of a case.
-        for case_id in labeled:
-            if folder is None or not foreground_path(folder, case_id).exists():
-                entries.pop(case_id, None)
         return cls(entries, None, folder)
 
 

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pytest
 from scipy.ndimage import gaussian_filter, zoom
 
-from autossl.data.hashes import DuplicatePair, HashedCase, find_duplicates, robust_hash, voxel_hash
+from autossl.data import hashes
+from autossl.data.hashes import SIMILAR, DuplicatePair, HashedCase, find_duplicates, robust_hash, voxel_hash
 
 Image = npt.NDArray[np.float32]
 
@@ -72,3 +73,29 @@ def test_many_different_images_give_no_pair_and_one_copy_is_found_among_them() -
     assert find_duplicates(cases) == []
     copy = np.ascontiguousarray(_smooth_image(17, (1, 12, 14, 13))[:, ::-1]) * 3
     assert [(p.first, p.second) for p in find_duplicates([*cases, _hashed("copy", copy)])] == [("case017", "copy")]
+
+
+def test_sorting_out_by_averaged_grids_loses_no_pair() -> None:
+    random = np.random.default_rng(5)
+    base = _smooth_image(5, (1, 24, 24, 24))
+    cases = {"base": robust_hash(base)}
+    for number, level in enumerate(np.linspace(0.05, 0.6, 12)):
+        noisy = base + level * base.std() * gaussian_filter(random.normal(size=base.shape), (0, 2, 2, 2)) * 10
+        cases[f"noisy{number:02d}"] = robust_hash(np.ascontiguousarray(np.flip(noisy, 2)).astype(np.float32))
+    grids = np.stack([hashes._unit(hashes._decode(text)) for text in cases.values()])
+    correlations = hashes._best_correlation(grids, grids)
+    names = list(cases)
+    expected = {(names[i], names[j]) for i, j in np.argwhere(correlations >= SIMILAR) if i < j}
+    found = {(p.first, p.second) for p in find_duplicates([HashedCase(n, n, text) for n, text in cases.items()])}
+    assert found == expected
+    assert 3 < len(expected) < 40
+    assert min(correlations[names.index(a), names.index(b)] for a, b in expected) < 0.975
+
+
+def test_averaged_grids_are_as_far_apart_as_symmetric_grids_and_never_farther() -> None:
+    grids = np.random.default_rng(6).normal(size=(2, 12, 12, 12)).astype(np.float32)
+    symmetric = np.mean(hashes._flips(grids), axis=0, dtype=np.float32)
+    for some, relation in ((symmetric, 1.0), (grids, 1 / 8)):
+        averaged = hashes._averaged_over_flips(some)
+        ratio = np.sum((averaged[0] - averaged[1]) ** 2) / np.sum((some[0] - some[1]) ** 2)
+        assert ratio == pytest.approx(relation, rel=0.15 if relation < 1 else 1e-4)

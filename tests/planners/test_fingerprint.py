@@ -166,6 +166,16 @@ def test_a_new_labeled_case_changes_the_pooled_figures_as_a_new_scan_would(
     assert not (root.parents[1] / "preprocessed" / root.name / "foreground" / "l1.b2nd").exists()
 
 
+def test_a_changed_label_changes_the_pooled_figures_as_a_new_scan_would(root: Path) -> None:
+    first = _scan(root)
+    label = _label()
+    label[1:5, 2:6, 2:5] = 0
+    _save(root / "labelsTr" / "l1.nii", label)
+    changed = _scan(root, first)
+    assert changed == _scan(root)
+    assert changed.foreground_intensity_properties_per_channel != first.foreground_intensity_properties_per_channel
+
+
 def test_large_cases_whose_intensities_were_not_kept_are_read_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,3 +114,12 @@ def test_a_region_is_the_union_of_its_values() -> None:
     shapes = class_shapes(label_map, schema, ISOTROPIC)
     assert (shapes["whole"].voxels, shapes["whole"].components) == (10, 1)
     assert (shapes["core"].voxels, shapes["core"].components) == (2, 1)
+
+
+def test_a_plate_of_one_slice_in_a_volume_is_measured() -> None:
+    plate = np.zeros((5, 40, 40), bool)
+    y, x = np.mgrid[:40, :40]
+    plate[2] = ((y - 20) / 15) ** 2 + ((x - 20) / 10) ** 2 <= 1
+    fit = ellipse_dice(plate, (3.0, 1.0, 1.0))
+    assert fit is not None
+    assert 0.5 < fit < 1  # an ellipsoid of one slice's thickness bulges less than a plate
