@@ -19,10 +19,16 @@ FULL_BELOW_BYTES = 2**20
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success it is synced and renamed to `path`, on error removed.
 
     The temporary name keeps the file's endings, because image writers choose their format by them.
+
+    Args:
+        path: where the file is to appear.
+        sync: False leaves it to the system when the content reaches the disk, which is much faster for many small
+            files. Then a power cut can leave a cut-off file: only for files that their reader checks for wholeness
+            and that can be made again.
 
     Raises:
         OSError: with errno ENOSPC also where a writer noticed a full disk and said something else.
@@ -32,11 +38,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield partial
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if sync:
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         partial.replace(path)
     except RuntimeError as error:  # blosc2 and torch give no errno; the unfinished file still holds the space
         if shutil.disk_usage(path.parent).free < FULL_BELOW_BYTES:
@@ -46,10 +53,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, sync: bool = True) -> None:
     """Writes JSON atomically, with sorted-as-given keys and two spaces of indent. NaN is refused."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    with atomic_write(path) as partial:
+    with atomic_write(path, sync) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 

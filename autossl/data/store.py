@@ -5,7 +5,8 @@
                                                                          is never given one of these paths
 
 Arrays are chunked, compressed blosc2 files: reading a patch decompresses only the blocks that it touches. Each file
-appears whole or not at all, and the one that makes a case valid (properties, label) is written last.
+appears whole or not at all, and the one that makes a case valid (properties, label) is written last. Files are not
+synced one by one, which took most of the time: `has` recognizes one that a power cut left incomplete.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ def storage_grid(shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...]
     return (*ones, *chunk), (*ones, *block)
 
 
-def write_array(path: Path, array: npt.NDArray[Any], source: Any = None) -> None:
-    """Writes an array [..., z, y, x] atomically; `source` (plain values) is kept in the file for `read_source`."""
+def write_array(path: Path, array: npt.NDArray[Any], source: Any = None, sync: bool = True) -> None:
+    """Writes an array [..., z, y, x] atomically; `source` (plain values) is kept in the file for `read_source`.
+
+    `sync` as in `atomic_write`.
+    """
+    array = np.ascontiguousarray(array)
     chunks, blocks = storage_grid(array.shape, array.dtype.itemsize)
-    compression = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
-    with atomic_write(path) as partial:
-        stored = blosc2.asarray(
-            np.ascontiguousarray(array), urlpath=str(partial), chunks=chunks, blocks=blocks, cparams=compression
-        )
+    compression = _compression(_better_filter(array, blocks))
+    with atomic_write(path, sync) as partial:
+        stored = blosc2.asarray(array, urlpath=str(partial), chunks=chunks, blocks=blocks, cparams=compression)
         if source is not None:
             stored.schunk.vlmeta[SOURCE_META] = source
 
@@ -178,10 +181,10 @@ class CaseStore:
         """Writes all that `prepared` holds; a label of before is removed first, because it may not fit any more."""
         self.properties_path(case).unlink(missing_ok=True)
         self.label_path(case).unlink(missing_ok=True)
-        write_array(self.image_path(case), prepared.image, image_source)
+        write_array(self.image_path(case), prepared.image, image_source, sync=False)
         if prepared.nonzero is not None:
-            write_array(self.nonzero_path(case), prepared.nonzero)
-        write_json(self.properties_path(case), prepared.properties.to_json())
+            write_array(self.nonzero_path(case), prepared.nonzero, sync=False)
+        write_json(self.properties_path(case), prepared.properties.to_json(), sync=False)
         if prepared.label is not None:
             self.write_label(case, prepared.label, prepared.locations or {}, label_source)
 
@@ -194,10 +197,10 @@ class CaseStore:
     ) -> None:
         """Writes only the label and its locations; the image stays untouched."""
         self.label_path(case).unlink(missing_ok=True)
-        with atomic_write(self.locations_path(case)) as partial:
+        with atomic_write(self.locations_path(case), sync=False) as partial:
             voxels: dict[str, Any] = {f"voxels_{i}": v for i, v in enumerate(locations.values())}
             np.savez(partial, names=np.array(list(locations), dtype=np.str_), **voxels)
-        write_array(self.label_path(case), label, source)
+        write_array(self.label_path(case), label, source, sync=False)
 
     def share(self, case: str, other: CaseStore, labeled: bool) -> None:
         """Takes a finished case over from another store: hard links, copies where the file system has none."""
@@ -224,6 +227,25 @@ class CaseStore:
         return (path for path in (self.folder / part).glob(f"*{ending}") if not path.name.startswith(".partial-"))
 
 
+def _compression(byte_filter: Any) -> dict[str, Any]:
+    # Measured on hippocampus and LGG: files as small as LZ4HC's in a quarter of its time, read with 600 MB/s.
+    return {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [byte_filter], "nthreads": 1}
+
+
+def _better_filter(array: npt.NDArray[Any], blocks: tuple[int, ...]) -> Any:
+    """The filter that makes a block from the middle smaller. Shuffling bytes helps interpolated values and harms the
+    few distinct ones of an image as it was taken."""
+    if array.dtype.itemsize == 1:
+        return blosc2.Filter.NOFILTER
+    corner = tuple(slice((n - b) // 2, (n - b) // 2 + b) for n, b in zip(array.shape, blocks, strict=True))
+    sample = array[corner].tobytes()
+
+    def size(byte_filter: Any) -> int:
+        return len(blosc2.compress2(sample, typesize=array.dtype.itemsize, **_compression(byte_filter)))
+
+    return min((blosc2.Filter.NOFILTER, blosc2.Filter.SHUFFLE), key=size)
+
+
 def _is_zip(path: Path) -> bool:
     """Whether a zip's end is there: what a cut-off file lacks."""
     try:
@@ -235,7 +257,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _link_or_copy(theirs: Path, ours: Path) -> None:
-    with atomic_write(ours) as partial:
+    with atomic_write(ours, sync=False) as partial:
         try:
             partial.hardlink_to(theirs)
         except OSError:
