@@ -221,17 +221,34 @@ class Predictor:
         """Logits [N,K,*tile] of one fold: mean over views (single), or the logarithm of the mean probability."""
         single = self.spec.combine == "single"
         total: Tensor | None = None
-        for axes in self._views:
-            view = tiles.flip(axes) if axes else tiles
+        for views in self._views_together(len(tiles)):
+            batch = torch.cat([tiles.flip(axes) if axes else tiles for axes in views])
             for member, network in zip(self.spec.members, networks, strict=True):
-                logits = network(view if member.channels is None else view[:, list(member.channels)])
+                logits = _answer(network, batch if member.channels is None else batch[:, list(member.channels)])
                 value = logits.float() if single else probabilities_of(logits, self.spec.activation)
-                value = value.flip(axes) if axes else value
-                total = value if total is None else total + value
+                for axes, part in zip(views, value.split(len(tiles)), strict=True):
+                    restored = part.flip(axes) if axes else part
+                    total = restored if total is None else total + restored
         if total is None:
             raise ValueError("a predictor needs at least one network")
         mean = total / (len(self._views) * len(networks))
         return mean if single else logits_of(mean, self.spec.activation)
+
+    def _views_together(self, n_tiles: int) -> list[list[tuple[int, ...]]]:
+        """The mirrored views, as many in one forward pass as the device takes at once beside the tiles."""
+        size = max(1, self.window.batch_for(self.device) // n_tiles)
+        return [self._views[first : first + size] for first in range(0, len(self._views), size)]
+
+
+def _answer(network: Network, batch: Tensor) -> Tensor:
+    """The network's logits. A lone 3D sample on one thread goes in twice.
+
+    PyTorch's CPU convolution leaves oneDNN for a plain loop there: measured 0.28 s for one patch of 40×56×40 and
+    0.13 s for two.
+    """
+    if len(batch) == 1 and batch.ndim == 5 and batch.device.type == "cpu" and torch.get_num_threads() == 1:
+        return network(batch.expand(2, *batch.shape[1:]))[:1]
+    return network(batch)
 
 
 class _Blend:
