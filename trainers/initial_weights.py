@@ -43,8 +43,7 @@ def load_initial_weights(parts: Parts, path: Path) -> list[InitReport]:
     networks: Mapping[str, Mapping[str, Tensor]] = content["networks"]
     first = networks[content["prediction"]["members"][0]["name"]]
     reports = [
-        _load(name, module, networks.get(name, first))
-        for name, module in {**parts.trained, **parts.followers}.items()
+        _load(name, module, networks.get(name, first)) for name, module in {**parts.trained, **parts.followers}.items()
     ]
     if not any(report.loaded for report in reports):
         names = ", ".join(report.part for report in reports)

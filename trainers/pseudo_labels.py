@@ -55,9 +55,7 @@ class PseudoLabelStore:
         shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
         (self.folder / f"step_{step}").mkdir(parents=True)
 
-    def write(
-        self, step: int, case: str, label: npt.NDArray[np.uint8], confidence: npt.NDArray[np.uint8]
-    ) -> None:
+    def write(self, step: int, case: str, label: npt.NDArray[np.uint8], confidence: npt.NDArray[np.uint8]) -> None:
         """Writes one case of a version that was begun."""
         label_path, confidence_path = self.paths(step, case)
         write_array(label_path, label)

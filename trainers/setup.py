@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,8 @@ from autossl.data.workspace import Workspace
 from autossl.networks.build import build_network
 from autossl.planners.budget import BudgetStatistics, budget_statistics
 from autossl.planners.fingerprint import Fingerprint, read_fingerprint
-from autossl.planners.plan_and_preprocess import FINGERPRINT, find_plans
+from autossl.planners.foreground import foreground_intensities
+from autossl.planners.plan_and_preprocess import FINGERPRINT, Progress, find_plans, preprocess_planned
 from autossl.planners.plans import Architecture, ConfigurationPlan, Plans
 from autossl.planners.semi_supervised import ema_decay_max
 from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
@@ -30,6 +32,8 @@ from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
 from autossl.trainers.components.losses import SupervisedLoss
 from autossl.trainers.registry import make_settings, method_class
 from autossl.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,7 @@ def resolve(request: TrainRequest) -> RunSetup:
 
     Raises:
         InvalidInput: unknown dataset, configuration, preset, method, setting, fold or device; a budget that cannot be
-            met; cases that were not preprocessed; plans of another dataset.
+            met; plans of another dataset.
     """
     _check_numbers(request)
     workspace = Workspace.locate(request.workspace)
@@ -261,12 +265,32 @@ def resolve(request: TrainRequest) -> RunSetup:
     )
     names = [str(n) for n in range(len(split.folds))] if request.folds == ("all_folds",) else list(request.folds)
     folds = {name: fold_cases(split, name) for name in names}
+    plans = with_intensities_of(plans, split, folder)
     setup = RunSetup(
         request, workspace, raw, raw.description, fingerprint, plans, split, method, settings, folds, device
     )
     _check_needs(setup)
-    _check_preprocessed(setup)
     return setup
+
+
+def with_intensities_of(plans: Plans, split: Split, preprocessed_folder: Path) -> Plans:
+    """Plans for a budget split: CT is normalized by the foreground of the split's own labeled training cases.
+
+    The numbers are those of all folds together, because a run has one plan. Other schemes look at no label, and the
+    default split has all labels: there the plans stay as they are.
+    """
+    schemes = {scheme for plan in plans.configurations.values() for scheme in plan.normalization_schemes}
+    if split.kind == "default" or "CTNormalization" not in schemes:
+        return plans
+    labeled = sorted({case for fold in split.folds for case in fold.labeled})
+    found = foreground_intensities(preprocessed_folder, labeled)
+    reason = f"foreground of the {len(labeled)} cases that split {split.name} trains on with labels, no others"
+    return plans.model_copy(
+        update={
+            "foreground_intensity_properties_per_channel": found,
+            "why": {**plans.why, "foreground_intensity_properties_per_channel": reason},
+        }
+    )
 
 
 def resolve_device(name: str) -> str:
@@ -333,6 +357,22 @@ def _check_needs(setup: RunSetup) -> None:
             )
     if problems:
         raise InvalidInput(problems)
+
+
+def provide_cases(setup: RunSetup, on_progress: Progress | None = None) -> None:
+    """Makes sure that all cases are preprocessed with the run's plans.
+
+    Only a budget split on CT has numbers of its own and is preprocessed here; else what is missing is an error.
+
+    Raises:
+        InvalidInput: cases that autossl_plan_and_preprocess has not made.
+    """
+    folder, configuration = setup.workspace.preprocessed_folder(setup.raw.name), setup.request.configuration
+    if setup.plans.data_hash(configuration) != find_plans(folder, setup.plans.preset).data_hash(configuration):
+        logger.info("%s: CT is preprocessed with the intensities of its own labeled cases", setup.split.name)
+        wanted = (configuration,)
+        preprocess_planned(setup.raw, setup.fingerprint, setup.plans, wanted, folder, on_progress=on_progress)
+    _check_preprocessed(setup)
 
 
 def _check_preprocessed(setup: RunSetup) -> None:

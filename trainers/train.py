@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from autossl.data.files import write_json
-from autossl.data.runs import CHECKPOINT_FINAL, CHECKPOINT_LATEST, RunSpec, fold_state, open_run, read_run
+from autossl.data.runs import CHECKPOINT_LATEST, RunSpec, fold_state, open_run, read_run
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
 from autossl.trainers.initial_weights import load_initial_weights
 from autossl.trainers.loop import LoopOptions, TrainingLoop
 from autossl.trainers.refresh import PoolPredictor
-from autossl.trainers.setup import RunSetup, TrainRequest, resolve
+from autossl.trainers.setup import RunSetup, TrainRequest, provide_cases, resolve
 from autossl.trainers.source import FoldSource
 from autossl.trainers.speed import seconds_per_step, steps_for_hours
 from autossl.trainers.validation import ValidationResult, validate_fold
@@ -40,6 +40,8 @@ class TrainHooks:
     """(fold, steps done, total, weighted loss terms)."""
     on_predict: Callable[[str, int, int, str], None] | None = None
     """(what, cases done, cases in all, case): pseudo-labels, and validation at the end."""
+    on_preprocess: Callable[[str, str, int, int], None] | None = None
+    """(configuration, case, done, total), where a budget on CT needs data of its own."""
     handle_signals: bool = False
     """SIGTERM and SIGINT save the state and raise `TrainingInterrupted`."""
 
@@ -76,6 +78,7 @@ def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult
     """
     hooks = hooks or TrainHooks()
     setup = resolve(request)
+    provide_cases(setup, hooks.on_preprocess)
     steps = _total_steps(setup)
     asked = setup.spec(steps)
     folder = setup.folder(asked)
@@ -209,4 +212,3 @@ def _stop_signals(enabled: bool) -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
