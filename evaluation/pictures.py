@@ -60,12 +60,14 @@ def _draw_case(row: npt.NDArray[Any], case: PicturedCase) -> None:
         axis.imshow(case.image[z], cmap="gray", vmin=low, vmax=high, aspect=aspect, origin="lower")
         axis.set_title(title, fontsize=8)
         if label_map is not None:
-            _draw_contours(axis, label_map[z])
+            _draw_labels(axis, label_map[z])
     for axis in row:
         axis.set_axis_off()
 
 
-def _draw_contours(axis: Any, label_slice: npt.NDArray[np.integer[Any]]) -> None:
+def _draw_labels(axis: Any, label_slice: npt.NDArray[np.integer[Any]]) -> None:
     for value in np.unique(label_slice[label_slice > 0]):
         color = COLORS[(int(value) - 1) % len(COLORS)]
-        axis.contour(label_slice == value, levels=[0.5], colors=[color], linewidths=1.1)
+        mask = (label_slice == value).astype(float)
+        axis.contourf(mask, levels=[0.5, 1.5], colors=[color], alpha=0.25)
+        axis.contour(mask, levels=[0.5], colors=[color], linewidths=1.1)

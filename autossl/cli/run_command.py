@@ -7,11 +7,13 @@ A traceback is shown only for what nobody foresaw, because that is ours to mend.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 from autossl.cli.overview import COMMANDS
@@ -47,9 +49,9 @@ def run_command(
         argv: Arguments without the program's name; None takes the command line's.
     """
     arguments = parser.parse_args(argv)
-    _configure_logging(arguments.verbose, arguments.quiet)
     try:
-        action(arguments)
+        with _log_lines(arguments.verbose, arguments.quiet):
+            action(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # whoever read our output has seen enough (autossl_methods | head); keep the interpreter from flushing again
@@ -79,13 +81,21 @@ class _StandardError(logging.Handler):
             self.handleError(record)
 
 
-def _configure_logging(verbose: bool, quiet: bool) -> None:
+@contextlib.contextmanager
+def _log_lines(verbose: bool, quiet: bool) -> Iterator[None]:
+    """Log lines go to standard error while the block runs; afterwards logging is as it was (for callers in Python)."""
     ours = logging.getLogger("autossl")
-    ours.handlers = [_StandardError()]
-    ours.propagate = False
+    before = ours.handlers, ours.propagate, ours.level
+    ours.handlers, ours.propagate = [_StandardError()], False
     ours.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            if not verbose:
+                warnings.simplefilter("ignore")  # those of libraries; ours are log lines
+            yield
+    finally:
+        ours.handlers, ours.propagate = before[:2]
+        ours.setLevel(before[2])
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:

@@ -78,6 +78,13 @@ def test_log_lines_go_to_standard_error_as_asked(
     assert captured.out == ""
 
 
+def test_logging_is_afterwards_as_it_was() -> None:
+    ours = logging.getLogger("autossl")
+    before = (list(ours.handlers), ours.propagate, ours.level)
+    run_that_raises(INVALID)
+    assert (ours.handlers, ours.propagate, ours.level) == before
+
+
 def test_a_reader_that_leaves_early_ends_the_command_quietly(tmp_path: Path) -> None:
     script = (
         "from autossl.cli.run_command import *\n"
