@@ -93,7 +93,7 @@ def test_sorting_out_by_averaged_grids_loses_no_pair() -> None:
 
 
 def test_averaged_grids_are_as_far_apart_as_symmetric_grids_and_never_farther() -> None:
-    grids = np.random.default_rng(6).normal(size=(2, 12, 12, 12)).astype(np.float32)
+    grids = np.random.default_rng(0).normal(size=(2, 12, 12, 12)).astype(np.float32)
     symmetric = np.mean(hashes._flips(grids), axis=0, dtype=np.float32)
     for some, relation in ((symmetric, 1.0), (grids, 1 / 8)):
         averaged = hashes._averaged_over_flips(some)
