@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -27,8 +28,7 @@ class CommandProgress:
         self._quiet = quiet
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
-        self._started: dict[str, float] = {}
-        self._said: dict[str, float] = {}
+        self._lines: dict[str, _Lines] = {}
 
     def __enter__(self) -> CommandProgress:
         return self
@@ -67,13 +67,27 @@ class CommandProgress:
 
     def _say_line(self, name: str, done: int, total: int, details: str) -> None:
         now = time.monotonic()
-        start = self._started.setdefault(name, now)
-        if done < total and now - self._said.get(name, start) < SECONDS_BETWEEN_LINES:
+        lines = self._lines.get(name)
+        if lines is None or done < lines.done:  # the first call, or the same part once more (of the next fold, say)
+            lines = self._lines[name] = _Lines(started=now, said=now)
+        repeated, lines.done = done == lines.done, done
+        if repeated or (done < total and now - lines.said < SECONDS_BETWEEN_LINES):
             return
-        self._said[name] = now
-        left = (now - start) / done * (total - done) if done else 0.0
-        ending = f", about {_duration(left)} left" if done < total else f" in {_duration(now - start)}"
+        lines.said = now
+        took = now - lines.started
+        ending = (
+            f" in {_duration(took)}" if done == total else f", about {_duration(took / done * (total - done))} left"
+        )
         sys.stderr.write(f"{name}: {done} of {total}{ending}{'  ' + details if details else ''}\n")
+
+
+@dataclass
+class _Lines:
+    """What was said of a part, away from a terminal."""
+
+    started: float
+    said: float
+    done: int = 0
 
 
 def _new_bars() -> Any:

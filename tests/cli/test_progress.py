@@ -29,6 +29,16 @@ def test_lines_come_now_and_then_with_the_time_left(clock: list[float], capsys: 
     assert len(lines) == 7
 
 
+def test_a_part_that_starts_again_counts_its_own_time(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with CommandProgress() as bars:
+        update = bars.part("validation")
+        for start in (0.0, 1000.0):
+            for done in (0, 1, 2, 2):
+                clock[0] = start + 5 * done
+                update(done, 2)
+    assert capsys.readouterr().err.splitlines() == ["validation: 2 of 2 in 10 s"] * 2
+
+
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with CommandProgress(quiet=True) as bars:
         bars.part("cases")(5, 5)
