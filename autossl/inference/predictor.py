@@ -224,23 +224,17 @@ class Predictor:
         """Logits [N,K,*tile] of one fold: mean over views (single), or the logarithm of the mean probability."""
         single = self.spec.combine == "single"
         total: Tensor | None = None
-        for views in self._views_together(len(tiles)):
-            batch = torch.cat([tiles.flip(axes) if axes else tiles for axes in views])
+        for axes in self._views:
+            view = tiles.flip(axes) if axes else tiles
             for member, network in zip(self.spec.members, networks, strict=True):
-                logits = network(batch if member.channels is None else batch[:, list(member.channels)])
+                logits = network(view if member.channels is None else view[:, list(member.channels)])
                 value = logits.float() if single else probabilities_of(logits, self.spec.activation)
-                for axes, part in zip(views, value.split(len(tiles)), strict=True):
-                    restored = part.flip(axes) if axes else part
-                    total = restored if total is None else total + restored
+                value = value.flip(axes) if axes else value
+                total = value if total is None else total + value
         if total is None:
             raise ValueError("a predictor needs at least one network")
         mean = total / (len(self._views) * len(networks))
         return mean if single else logits_of(mean, self.spec.activation)
-
-    def _views_together(self, n_tiles: int) -> list[list[tuple[int, ...]]]:
-        """The mirrored views, as many in one forward pass as the device takes at once beside the tiles."""
-        size = max(1, self.window.batch_for(self.device) // n_tiles)
-        return [self._views[first : first + size] for first in range(0, len(self._views), size)]
 
 
 class _Blend:

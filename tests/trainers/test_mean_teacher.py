@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from toys import toy_batch, toy_job
 
 from autossl.trainers.base import Batch, MethodSettings, Progress, StepOutput
 from autossl.trainers.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from autossl.trainers.methods.supervised import Supervised
+from toys import toy_batch, toy_job
 
 
 def trainer(n_unlabeled: int = 4, **settings: Any) -> MeanTeacher:

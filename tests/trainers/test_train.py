@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,9 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture
-def workspace(planned: Workspace, tmp_path: Path) -> Iterator[Workspace]:
+def workspace(planned: Workspace, tmp_path: Path) -> Workspace:
     shutil.copytree(planned.root, tmp_path / "workspace")
-    yield Workspace(tmp_path / "workspace")
+    return Workspace(tmp_path / "workspace")
 
 
 def request(workspace: Workspace, **changes: Any) -> TrainRequest:
