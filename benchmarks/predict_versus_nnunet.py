@@ -1,15 +1,16 @@
-"""Predicts hippocampus cases with the real nnUNetv2_predict and with autossl_predict, same network, same weights.
+"""Predicts the same images with the real nnUNetv2_predict and with autossl_predict, same network, same weights.
 
-    python benchmarks/predict_versus_nnunet.py --nnunet ENV --images FOLDER [--cases 26] [--mirroring] [--folds 1]
-        [--repeats 2] [--checkpoint FILE] [-o predict_versus_nnunet.json]
+    python benchmarks/predict_versus_nnunet.py --nnunet ENV --images FOLDER [--run FOLDER] [--cases 26] [--folds 1]
+        [--mirroring] [--explain] [--repeats 2] [-o predict_versus_nnunet.json]
 
-ENV is an environment with nnunetv2 2.8.1 (its bin/ holds nnUNetv2_predict); FOLDER holds Dataset004_Hippocampus's
-images. The network is nnU-Net's 3d_fullres plan for that data set. Its weights are random unless --checkpoint names
-one of autossl's with that network; random weights are the harder test of equality, because many voxels are near ties.
-What still differs comes from nnU-Net's sums in half precision (ours are float32): with one fold and no mirroring, cases
-of a single tile are predicted once more here and rounded as nnU-Net rounds, and what then differs is counted.
-Both programs run as their users run them, each in its own process, start and imports included, on the CPU with their
-own choice of threads, in turn. For nnU-Net the minimal model folder that it accepts is written.
+ENV is an environment with nnunetv2 2.8.1 (its bin/ holds nnUNetv2_predict). Without --run the images are those of
+Dataset004_Hippocampus, the network is nnU-Net's own 3d_fullres plan for it, and the weights are random: the harder test
+of equality, because many voxels are near ties. --run names a trained run of autossl (of a method that deploys one
+network), the images are of its data set. Both programs run as their users run them, each in its own process, start and
+imports included, on the CPU with their own choice of threads, in turn. nnU-Net is given the least that it accepts as
+a model folder. What still differs comes from nnU-Net's sums in half precision (ours are float32), coarse where Gaussian
+weights are nearly 0: with --explain nnU-Net's own predictor runs once more with float32 in place of half precision, and
+its label maps are compared as well.
 """
 
 from __future__ import annotations
@@ -24,28 +25,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from autossl.data.image_io import read_image, read_label
+from autossl.data.case_files import case_files
+from autossl.data.image_io import read_label
 from autossl.data.runs import RunSpec
 from autossl.inference.checkpoint import FORMAT, read_trained_networks
-from autossl.inference.model_folder import read_model
-from autossl.inference.predictor import Window
-from autossl.inference.tiles import tile_weights
+from autossl.inference.model_folder import TrainedModel, read_model
 from autossl.networks.build import build_network
 from autossl.networks.prediction import Member, PredictionSpec
 from autossl.planners.plans import NETWORK_CLASSES, Plans, write_plans
-from autossl.preprocessing.prepare import prepare_case
 from autossl.version import __version__
 
 DATASET = "Dataset004_Hippocampus"
+CONFIGURATION = "3d_fullres"
 LABELS = {"background": 0, "Anterior": 1, "Posterior": 2}
-ENDING = ".nii.gz"
+
+
+FLOAT32_CODE = """
+import sys, torch
+from pathlib import Path
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+images, output, model, folds, mirroring = sys.argv[1:]
+torch.half = torch.float32  # nnU-Net's name for the type of its sums
+predictor = nnUNetPredictor(use_mirroring=mirroring == "True", device=torch.device("cpu"),
+                            perform_everything_on_device=False, allow_tqdm=False)
+predictor.initialize_from_trained_model_folder(model, folds.split(","), "checkpoint_final.pth")
+Path(output).mkdir()
+predictor.predict_from_files_sequential(images, output)
+"""
 
 
 def hippocampus_plans() -> Plans:
@@ -97,14 +110,14 @@ def hippocampus_plans() -> Plans:
             "original_median_shape_after_transp": [36, 50, 35],
             "transpose_forward": [0, 1, 2],
             "transpose_backward": [0, 1, 2],
-            "configurations": {"3d_fullres": configuration},
+            "configurations": {CONFIGURATION: configuration},
             "experiment_planner_used": "ExperimentPlanner",
             "foreground_intensity_properties_per_channel": {"0": dict.fromkeys(names, 1.0)},
             "semi_supervised": decisions
             | {
                 "single_component_classes": [],
                 "elliptic_classes": [],
-                "recommended_configuration": "3d_fullres",
+                "recommended_configuration": CONFIGURATION,
                 "recommended_method": "supervised",
             },
             "why": {},
@@ -112,65 +125,60 @@ def hippocampus_plans() -> Plans:
     )
 
 
-def write_models(root: Path, plans: Plans, folds: int, checkpoint: Path | None) -> None:
-    """The same weights as a run of ours, and as the least that nnU-Net accepts."""
-    plan = plans.configurations["3d_fullres"]
-    description = {
-        "channel_names": {"0": "MRI"},
-        "labels": LABELS,
-        "numTraining": 260,
-        "file_ending": ENDING,
-    }
-    ours = root / "ours"
-    theirs = root / "results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres"
-    for folder in (ours, theirs):
-        folder.mkdir(parents=True)
-        (folder / "dataset.json").write_text(json.dumps(description))
-        write_plans(folder / "plans.json", plans)
+def write_random_run(folder: Path, folds: int) -> None:
+    """A run of ours with the hippocampus plan and random weights."""
+    plans = hippocampus_plans()
+    plan = plans.configurations[CONFIGURATION]
+    folder.mkdir(parents=True)
+    description = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": 260, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    write_plans(folder / "plans.json", plans)
     run = RunSpec(
-        dataset=DATASET,
+        dataset=plans.dataset_name,
         split="default",
-        configuration="3d_fullres",
+        configuration=CONFIGURATION,
         preset="plain",
         method="supervised",
         seed=0,
         plans_hash=plans.hash(),
         total_steps=1,
     )
-    (ours / "run.json").write_text(json.dumps(run.model_dump(mode="json")))
+    (folder / "run.json").write_text(json.dumps(run.model_dump(mode="json")))
     spec = PredictionSpec(members=(Member(name="student", architecture=plan.architecture),))
     for fold in range(folds):
-        weights = _weights(plans, fold, checkpoint)
-        for folder in (ours, theirs):
-            (folder / f"fold_{fold}").mkdir()
-        content = {"format": FORMAT, "networks": {"student": weights}, "prediction": spec.to_json()}
-        torch.save(content, ours / f"fold_{fold}" / "checkpoint_final.pth")
+        network = build_network(plan.architecture, plan.n_channels, len(LABELS), seed=fold)
+        (folder / f"fold_{fold}").mkdir()
+        content = {"format": FORMAT, "networks": {"student": network.state_dict()}, "prediction": spec.to_json()}
+        torch.save(content, folder / f"fold_{fold}" / "checkpoint_final.pth")
+
+
+def write_nnunet_folder(model: TrainedModel, results: Path) -> Path:
+    """The least that nnU-Net accepts, in its folder of results; gives the model's own folder."""
+    folder = results / model.run.dataset / f"nnUNetTrainer__nnUNetPlans__{model.run.configuration}"
+    folder.mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(model.description.to_json() | {"numTraining": 1}))
+    write_plans(folder / "plans.json", model.plans)
+    for fold in model.folds:
+        (weights,) = read_trained_networks(model.checkpoint(fold)).networks.values()
+        (folder / f"fold_{fold}").mkdir()
         content = {
             "network_weights": weights,
             "trainer_name": "nnUNetTrainer",
-            "init_args": {"configuration": "3d_fullres"},
-            "inference_allowed_mirroring_axes": plan.mirror_axes,
+            "init_args": {"configuration": model.run.configuration},
+            "inference_allowed_mirroring_axes": model.plan.mirror_axes,
         }
-        torch.save(content, theirs / f"fold_{fold}" / "checkpoint_final.pth")
+        torch.save(content, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return folder
 
 
-def _weights(plans: Plans, seed: int, checkpoint: Path | None) -> dict[str, Tensor]:
-    if checkpoint is not None:
-        (weights,) = read_trained_networks(checkpoint).networks.values()
-        return dict(weights)
-    plan = plans.configurations["3d_fullres"]
-    return dict(build_network(plan.architecture, 1, len(LABELS), seed=seed).state_dict())
-
-
-def copy_images(source: Path, target: Path, n: int) -> None:
+def copy_images(source: Path, target: Path, model: TrainedModel, n: int) -> None:
     """The first n cases by name, with channel numbers in their names."""
     target.mkdir()
-    files = sorted(path for path in source.iterdir() if path.name.endswith(ENDING))[:n]
-    if len(files) < n:
-        raise SystemExit(f"{source} holds {len(files)} images, {n} were asked for")
-    for path in files:
-        stem = path.name.removesuffix(ENDING)
-        shutil.copy(path, target / f"{stem if stem.endswith('_0000') else stem + '_0000'}{ENDING}")
+    ending = model.description.file_ending
+    cases = list(case_files(source, ending, model.plan.n_channels).items())[:n]
+    for case, files in cases:
+        for channel, path in enumerate(files):
+            shutil.copy(path, target / f"{case}_{channel:04d}{ending}")
 
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
@@ -185,12 +193,12 @@ def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def agreement(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Equal voxels over all cases, and the case with the most that differ; geometry is compared through RAS arrays."""
+def agreement(ours: Path, theirs: Path, ending: str) -> dict[str, Any]:
+    """Equal voxels over all cases, and the case with the most that differ; the grids must be the same."""
     equal = total = 0
     worst = 1.0
     foreground = 0
-    for path in sorted(theirs.glob(f"*{ENDING}")):
+    for path in sorted(theirs.glob(f"*{ending}")):
         reference, spacing, _ = read_label(path)
         predicted, own_spacing, _ = read_label(ours / path.name)
         if predicted.shape != reference.shape or not np.allclose(spacing, own_spacing):
@@ -207,28 +215,6 @@ def agreement(ours: Path, theirs: Path) -> dict[str, Any]:
     }
 
 
-def differing_after_rounding(root: Path) -> dict[str, int]:
-    """Voxels of single-tile cases that differ from nnU-Net's, as they are and with logits rounded as nnU-Net does."""
-    model = read_model(root / "ours")
-    predictor = model.load_predictor(Window.of(model.plan, mirror=False))
-    weights = torch.from_numpy(tile_weights(model.plan.patch_size).copy())
-    counts = {"voxels": 0, "differ_in_float32": 0, "differ_rounded_as_nnunet": 0}
-    for path in sorted((root / "images").iterdir()):
-        prepared = prepare_case(read_image([path]), None, model.plans, "3d_fullres")
-        shape = prepared.image.shape[1:]
-        if any(n > edge for n, edge in zip(shape, weights.shape, strict=True)):
-            continue
-        z, y, x = (slice((edge - n) // 2, (edge - n) // 2 + n) for n, edge in zip(shape, weights.shape, strict=True))
-        logits = predictor.logits(prepared.image)
-        rounded = (logits * weights[z, y, x]).half() / weights[z, y, x].half()
-        label, _, _ = read_label(root / "out_theirs" / path.name.replace("_0000", ""))
-        reference = torch.from_numpy(label.astype(np.int64))
-        counts["voxels"] += reference.numel()
-        counts["differ_in_float32"] += int((logits.argmax(0) != reference).sum())
-        counts["differ_rounded_as_nnunet"] += int((rounded.argmax(0) != reference).sum())
-    return counts
-
-
 def commit() -> str:
     """Of the repository that this file lies in."""
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -241,10 +227,11 @@ def main() -> None:
     parser.add_argument("--nnunet", type=Path, required=True, metavar="ENV")
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--cases", type=int, default=26)
-    parser.add_argument("--folds", type=int, default=1)
+    parser.add_argument("--run", type=Path, metavar="FOLDER")
+    parser.add_argument("--folds", type=int, default=1, help="of the random weights; of a run: the first ones")
     parser.add_argument("--mirroring", action="store_true")
+    parser.add_argument("--explain", action="store_true")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     result = _measure(arguments)
@@ -260,32 +247,41 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     theirs: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        copy_images(arguments.images, root / "images", arguments.cases)
-        write_models(root, hippocampus_plans(), arguments.folds, arguments.checkpoint)
+        if arguments.run is None:
+            write_random_run(root / "ours", arguments.folds)
+        model = read_model(arguments.run or root / "ours")
+        model = replace(model, folds=model.folds[: arguments.folds])
+        nnunet_folder = write_nnunet_folder(model, root / "results")
+        copy_images(arguments.images, root / "images", model, arguments.cases)
         for folder in ("raw", "preprocessed", "results"):
             environment[f"nnUNet_{folder}"] = str(root / folder)
-        folds = [str(fold) for fold in range(arguments.folds)]
-        command = [str(Path(sys.executable).with_name("autossl_predict")), "-i", str(root / "images"), "-q"]
-        command += ["-o", str(root / "out_ours"), "--model", str(root / "ours"), "--device", "cpu", "--overwrite"]
+        places = ["-i", str(root / "images"), "-o"]
+        command = [str(Path(sys.executable).with_name("autossl_predict")), "-q", *places, str(root / "out_ours")]
+        command += ["--model", str(model.folder), "-f", *model.folds, "--device", "cpu", "--overwrite"]
         command += [] if arguments.mirroring else ["--no_mirroring"]
-        reference = [str(arguments.nnunet / "bin" / "nnUNetv2_predict"), "-i", str(root / "images"), "-d", DATASET]
-        reference += ["-o", str(root / "out_theirs"), "-c", "3d_fullres", "-f", *folds, "-device", "cpu"]
+        reference = [str(arguments.nnunet / "bin" / "nnUNetv2_predict"), *places, str(root / "out_theirs")]
+        reference += ["-d", model.run.dataset, "-c", model.run.configuration, "-f", *model.folds, "-device", "cpu"]
         reference += ["--disable_progress_bar", *([] if arguments.mirroring else ["--disable_tta"])]
         for _ in range(arguments.repeats):
             theirs.append(timed(reference, environment))
             ours.append(timed(command, environment))
-        equal = agreement(root / "out_ours", root / "out_theirs")
-        if arguments.folds == 1 and not arguments.mirroring:
-            equal["single_tile_cases"] = differing_after_rounding(root)
+        ending = model.description.file_ending
+        equal = {"as_it_is": agreement(root / "out_ours", root / "out_theirs", ending)}
+        if arguments.explain:
+            inner = [str(arguments.nnunet / "bin" / "python"), "-c", FLOAT32_CODE, str(root / "images")]
+            inner += [str(root / "out_float32"), str(nnunet_folder), ",".join(model.folds), str(arguments.mirroring)]
+            timed(inner, environment)
+            equal["nnunet_in_float32"] = agreement(root / "out_ours", root / "out_float32", ending)
     return {
-        "what": f"{arguments.cases} cases, {arguments.folds} folds, mirroring {arguments.mirroring}, whole commands",
-        "weights": str(arguments.checkpoint.name) if arguments.checkpoint else "random",
+        "what": f"{arguments.cases} cases, {len(model.folds)} folds, mirroring {arguments.mirroring}, whole commands",
+        "model": f"{model.run.dataset} {model.run.configuration} {model.run.preset}",
+        "weights": "trained" if arguments.run else "random",
         "ours_wall_s": [round(wall, 2) for wall, _ in ours],
         "nnunet_wall_s": [round(wall, 2) for wall, _ in theirs],
         "ours_cpu_s": [round(cpu, 2) for _, cpu in ours],
         "nnunet_cpu_s": [round(cpu, 2) for _, cpu in theirs],
         "ratio_of_best_wall": round(min(ours)[0] / min(theirs)[0], 3),
-        "target": "at most 0.5",
+        "target": "at most 0.5 for 26 hippocampus cases, one fold, no mirroring",
         "agreement": equal,
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "versions": {"autossl": __version__, "torch": torch.__version__, "python": platform.python_version()},
