@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,16 +99,27 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is scored, and how the files are read."""
+
+    cases: Collection[str] | None = None
+    """Score exactly these, whatever else lies in the folders; None: every case that has a reference."""
+    only_predicted: bool = False
+    """Leave out references that have no prediction (named in the result) instead of refusing."""
+    remap_references: Mapping[int, int] = field(default_factory=dict)
+    """OLD → NEW label values of the references, as the dataset was planned with."""
+    n_workers: int | None = 1
+    """Processes; None takes one per CPU."""
+
+
 def evaluate_folder(
     predictions: Path,
     references: Path,
     schema: LabelSchema,
+    options: EvaluationOptions | None = None,
     *,
     output: Path | None = None,
-    cases: Collection[str] | None = None,
-    only_predicted: bool = False,
-    remap_references: Mapping[int, int] | None = None,
-    n_workers: int | None = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Scores segmentations against references; both folders hold CASE.<ending>, endings may differ.
@@ -117,21 +128,19 @@ def evaluate_folder(
         predictions: Folder of predicted label maps; uncertainty maps in it are passed over.
         references: Folder of reference label maps.
         schema: What the label values mean.
+        options: Which cases, and how.
         output: Where summary.json is written, atomically; None writes nothing.
-        cases: Score exactly these, whatever else lies in the folders; None scores every case that has a reference.
-        only_predicted: Leave out references that have no prediction (named in the result) instead of refusing.
-        remap_references: OLD → NEW label values of the references, as the dataset was planned with.
-        n_workers: Processes; None takes one per CPU.
         progress: Called with (cases done, cases in all) after each case.
 
     Raises:
         InvalidInput: Cases missing on either side, grids that differ, undeclared values, unreadable files: all of them.
     """
-    pairs, without = _match_cases(Path(predictions), Path(references), cases, only_predicted)
+    options = options or EvaluationOptions()
+    pairs, without = _match_cases(Path(predictions), Path(references), options)
     scored: dict[str, Mapping[str, ClassScores]] = {}
     problems: list[Problem] = []
-    score = partial(_score_pair, schema=schema, remap_references=remap_references or {})
-    results = parallel_map(score, pairs, n_workers, name_of=lambda pair: pair.case)
+    score = partial(_score_pair, schema=schema, remap_references=options.remap_references)
+    results = parallel_map(score, pairs, options.n_workers, name_of=lambda pair: pair.case)
     for number, (pair, result) in enumerate(zip(pairs, results, strict=True), start=1):
         if isinstance(result, list):
             problems += result
@@ -186,11 +195,11 @@ class _Pair:
 
 
 def _match_cases(
-    predictions: Path, references: Path, cases: Collection[str] | None, only_predicted: bool
+    predictions: Path, references: Path, options: EvaluationOptions
 ) -> tuple[list[_Pair], tuple[str, ...]]:
     """Pairs by case id, and the references without a prediction (empty unless they are allowed)."""
     predicted, referenced = label_files(predictions), label_files(references)
-    if cases is not None:
+    if (cases := options.cases) is not None:
         predicted = {case: path for case, path in predicted.items() if case in cases}
         absent = sorted(set(cases) - set(referenced))
         if absent:
@@ -209,7 +218,7 @@ def _match_cases(
         )
         for case in extra
     ]
-    if missing and only_predicted:
+    if missing and options.only_predicted:
         logger.warning("%d references have no prediction and are left out: %s", len(missing), ", ".join(missing))
     else:
         problems += [

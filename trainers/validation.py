@@ -14,7 +14,7 @@ from typing import Any
 from autossl.data.files import read_json, write_json
 from autossl.data.image_io import write_label_map
 from autossl.data.runs import CHECKPOINT_FINAL
-from autossl.evaluation.evaluate import evaluate_folder
+from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.inference.predictor import Predictor, Window
 from autossl.inference.preprocessed import predict_preprocessed
@@ -86,8 +86,7 @@ def _score(setup: RunSetup, fold: str, folder: Path) -> None:
         folder,
         setup.label_folder,
         setup.schema,
-        cases=cases,
-        remap_references=setup.fingerprint.remap_labels,
+        EvaluationOptions(cases=cases, remap_references=setup.fingerprint.remap_labels),
     )
     summary = {"what": "full-volume metrics of the fold's validation cases, final weights", **evaluation.to_json()}
     write_json(folder / "summary.json", summary)

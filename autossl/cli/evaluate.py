@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from autossl.cli.tables import print_evaluation
-    from autossl.evaluation.evaluate import evaluate_folder
+    from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
 
     output = arguments.output or arguments.predictions / "summary.json"
     schema, remap_references = _labels(arguments)
@@ -61,10 +61,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             arguments.predictions,
             arguments.references,
             schema,
+            EvaluationOptions(
+                only_predicted=arguments.only_predicted,
+                remap_references=remap_references,
+                n_workers=arguments.num_processes,
+            ),
             output=output,
-            only_predicted=arguments.only_predicted,
-            remap_references=remap_references,
-            n_workers=arguments.num_processes,
             progress=progress.part("cases"),
         )
     print_evaluation(evaluation)

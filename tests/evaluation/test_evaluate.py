@@ -13,7 +13,7 @@ from PIL import Image
 
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput
-from autossl.evaluation.evaluate import evaluate_folder
+from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
 
 SCHEMA = LabelSchema({"background": (0,), "organ": (1,), "core": (2,)})
 SPACING_XYZ = (2.0, 5.0, 10.0)  # 100 mm³: ten voxels are 1 mL
@@ -47,7 +47,7 @@ def problems_of(folders: tuple[Path, Path]) -> list[str]:
 def test_means_leave_out_undefined_cases_and_count_all_kinds_of_empty(
     folders: tuple[Path, Path], n_workers: int
 ) -> None:
-    evaluation = evaluate_folder(*folders, SCHEMA, n_workers=n_workers)
+    evaluation = evaluate_folder(*folders, SCHEMA, EvaluationOptions(n_workers=n_workers))
     organ, core = evaluation.class_summary("organ"), evaluation.class_summary("core")
     assert organ.means["dice"] == pytest.approx((2 / 3 + 1 + 1) / 3)
     assert core.means["dice"] == 0.0
@@ -94,7 +94,7 @@ def test_cases_without_a_partner_are_all_named(folders: tuple[Path, Path]) -> No
 
 def test_missing_predictions_can_be_left_out_and_are_named(folders: tuple[Path, Path]) -> None:
     (folders[0] / "b.nii.gz").unlink()
-    evaluation = evaluate_folder(*folders, SCHEMA, only_predicted=True)
+    evaluation = evaluate_folder(*folders, SCHEMA, EvaluationOptions(only_predicted=True))
     assert list(evaluation.cases) == ["a", "c"]
     assert evaluation.to_json()["references_without_prediction"] == ["b"]
 
@@ -163,17 +163,17 @@ def test_progress_counts_every_case(folders: tuple[Path, Path]) -> None:
 def test_references_are_read_with_the_mapping_of_the_dataset(folders: tuple[Path, Path]) -> None:
     write(folders[1] / "a.nii.gz", [255, 0, 0, 0])
     assert problems_of(folders) == ["a: label values [255]"]
-    evaluation = evaluate_folder(*folders, SCHEMA, remap_references={255: 1})
+    evaluation = evaluate_folder(*folders, SCHEMA, EvaluationOptions(remap_references={255: 1}))
     assert evaluation.cases["a"]["organ"].metrics["dice"] == pytest.approx(2 / 3)
 
 
 def test_named_cases_are_scored_and_no_others(folders: tuple[Path, Path]) -> None:
     write(folders[0] / "only_predicted.nii.gz", [0, 0, 0, 0])
-    assert list(evaluate_folder(*folders, SCHEMA, cases=["c", "a"]).cases) == ["a", "c"]
+    assert list(evaluate_folder(*folders, SCHEMA, EvaluationOptions(cases=["c", "a"])).cases) == ["a", "c"]
 
 
 @pytest.mark.parametrize(("side", "fault"), [(0, "was not predicted"), (1, "no reference of c")])
 def test_a_named_case_that_is_missing_is_refused(folders: tuple[Path, Path], side: int, fault: str) -> None:
     next(folders[side].glob("c.*")).unlink()
     with pytest.raises(InvalidInput, match=fault):
-        evaluate_folder(*folders, SCHEMA, cases=["a", "c"])
+        evaluate_folder(*folders, SCHEMA, EvaluationOptions(cases=["a", "c"]))
