@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -211,7 +212,7 @@ class Predictor:
         return logits
 
     def _stacked(self, tiles: Tensor, per_fold: bool, mixed: bool) -> Tensor:
-        with torch.autocast(self.device.type, enabled=mixed):
+        with torch.autocast(self.device.type) if mixed else nullcontext():
             folds = [self._one_fold(tiles, networks) for networks in self.folds]
         if per_fold:
             return torch.stack(folds, 1)
