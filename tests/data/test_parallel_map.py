@@ -85,7 +85,9 @@ def test_large_results_come_through() -> None:
     assert [len(r) for r in parallel_map(lambda n: bytes(n), [3_000_000, 1, 2_000_000], 2)] == [3_000_000, 1, 2_000_000]
 
 
-def test_items_that_do_not_fit_together_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_that_do_not_fit_together_run_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def span(_: int) -> tuple[float, float]:
         start = time.monotonic()
         time.sleep(0.03)
@@ -94,8 +96,16 @@ def test_items_that_do_not_fit_together_run_one_after_the_other(monkeypatch: pyt
     monkeypatch.setattr(parallel, "free_memory", lambda: 100)
     spans = list(parallel_map(span, range(4), 4, bytes_of=lambda _: 1000))
     assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(spans))
-    together = list(parallel_map(span, range(2), 2, bytes_of=lambda _: 30))
-    assert together[1][0] < together[0][1]
+
+    def meets_the_other(number: int) -> bool:
+        (tmp_path / str(number)).touch()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / str(1 - number)).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return (tmp_path / str(1 - number)).exists()
+
+    # each waits for the other, so one after the other the first would never see the second
+    assert list(parallel_map(meets_the_other, range(2), 2, bytes_of=lambda _: 30)) == [True, True]
 
 
 def test_workers_use_one_thread() -> None:
