@@ -241,6 +241,20 @@ def test_ignored_voxels_are_invalid_background_and_patches_lie_where_labels_are(
         assert (labeled.target[2] == 1).any()
 
 
+def test_forced_patches_lie_at_a_class_and_the_others_anywhere_annotated(store):
+    shape, schema = (1, 60, 60), toy_schema(1, ignore=True)
+    label = np.zeros(shape)
+    label[0, 50, 50] = 1
+    classes = {"class 1": (1,), "annotated": (0, 1)}
+    streams = Streams((store.labeled("l", code_image(shape), label, classes=classes),))
+    maker = BatchMaker(streams, configuration((8, 8)), schema, seed=0, augment=False)
+    hits = np.zeros(3, dtype=int)
+    for step in range(30):
+        hits += maker.make(step, replace(BOTH, unlabeled=NONE)).labeled.target.flatten(1).any(1).numpy()
+    assert hits[2] == 30
+    assert hits[:2].max() < 10
+
+
 def test_masked_channels_stay_zero_outside_the_nonzero_region(store):
     shape = (1, 16, 16)
     nonzero = np.zeros(shape, dtype=bool)
@@ -433,7 +447,7 @@ def test_batches_do_not_depend_on_workers_or_on_where_one_starts(maker):
     assert not same(by_workers[0][0], by_workers[0][2])
 
 
-def test_seed_rank_and_step_decide_and_the_number_of_threads_does_not(maker, store):
+def test_seed_rank_and_step_decide(maker):
     first = maker.make(2, BOTH)
     assert same(first, pickle.loads(pickle.dumps(maker)).make(2, BOTH))
     others = [
@@ -441,13 +455,23 @@ def test_seed_rank_and_step_decide_and_the_number_of_threads_does_not(maker, sto
         for seed, rank in ((1, 0), (0, 1))
     ]
     assert not any(same(first, other.make(2, BOTH)) for other in others)
+
+
+def test_the_number_of_threads_decides_nothing(store):
+    """Torch splits sums over more than 32768 numbers among its threads, which changes their last bits."""
+    image = np.random.default_rng(0).normal(size=(1, 40, 48, 48)).astype(np.float32)
+    maker = BatchMaker(Streams((), (store.unlabeled("u", image),)), configuration((32, 48, 48)), toy_schema(), seed=0)
+    request = BatchRequest(NONE, StreamRequest(4, views=2))
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    made = []
     try:
-        assert same(first, maker.make(2, BOTH))
-        assert torch.get_num_threads() == 2
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            made.append(maker.make(0, request))
+            assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(threads)
+    assert same(*made)
 
 
 def test_the_global_generators_are_left_alone(maker):
@@ -479,6 +503,7 @@ def test_a_killed_worker_raises_with_step_and_advice(maker, monkeypatch):
     batches = batch_iterator(maker, steps_from(7, 1000), 1)
     next(batches)
     os.kill(worker_pids(batches)[0], signal.SIGKILL)
+    time.sleep(0.2)  # what runs meanwhile is not interrupted
     with pytest.raises(LoadingError, match=r"worker died.*step.*--num_workers"):
         list(batches)
     assert next(batches, None) is None

@@ -97,9 +97,10 @@ def test_the_chosen_voxel_is_in_the_final_patch_wherever_it_lies():
         assert all(s <= v < s + f for s, v, f in zip(start, voxel, sizes.final, strict=True))
 
 
-def test_places_in_the_interior_center_the_voxel():
+def test_places_center_the_voxel_but_begin_in_the_case():
     sizes = PatchSizes((4, 4, 4), (6, 6, 6))
     assert place_around((10, 11, 12), (20, 20, 20), sizes).final_start == (8, 9, 10)
+    assert place_around((0, 1, 19), (20, 20, 20), sizes).final_start == (0, 0, 17)
 
 
 def test_classes_are_chosen_evenly_among_those_present():
