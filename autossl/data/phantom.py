@@ -25,8 +25,8 @@ MEAN_INTENSITY = {BODY: 0.62, CAPSULE: 1.0, CORE: 0.74, LOOK_ALIKE: 0.95}
 """Before the case's own contrast; air is 0. The core lies between body and capsule, look-alikes near the capsule."""
 TEXTURE_SCALE_VOXELS = {BODY: 2.5, CAPSULE: 0.8, CORE: 1.6, LOOK_ALIKE: 1.6}
 """Standard deviation of the Gaussian that makes each tissue's grain; the capsule's is finer than its look-alikes'."""
-TEXTURE_STRENGTH = 0.10
-NOISE_STRENGTH = 0.07
+TEXTURE_STRENGTH = 0.08
+NOISE_STRENGTH = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class PhantomSettings:
     n_labeled: int = 5
     n_unlabeled: int = 16
     n_test: int = 8
-    shape_zyx: tuple[int, int, int] = (28, 36, 36)
+    shape_zyx: tuple[int, int, int] = (20, 28, 28)
     """Mean size in voxels; every case differs by up to two voxels per axis."""
-    spacing_zyx_mm: tuple[float, float, float] = (3.0, 2.5, 2.5)
+    spacing_zyx_mm: tuple[float, float, float] = (4.0, 3.2, 3.2)
     """Mean voxel size; every case differs by up to 8 % per axis."""
     seed: int = 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from scipy.ndimage import binary_dilation
 
 from autossl.data.phantom import LABELS, PhantomSettings, make_phantom_case, make_phantom_dataset
 from autossl.data.problems import InvalidInput
@@ -50,20 +51,25 @@ def test_a_case_follows_from_seed_and_number() -> None:
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_the_capsule_encloses_the_core_and_stands_out_without_being_a_threshold(number: int) -> None:
+def test_the_capsule_encloses_a_core_and_stands_out_from_the_body(number: int) -> None:
     made = make_phantom_case(PhantomSettings(), number)
     capsule, core = made.label == LABELS["capsule"], made.label == LABELS["core"]
-    assert capsule.sum() > 300
-    assert core.sum() > 60
+    assert capsule.sum() > 150
+    assert core.sum() > 50
+    assert not (binary_dilation(core) & ~core & ~capsule).sum() > 0.2 * core.sum()
     body = (made.label == 0) & (made.image > 0.3 * np.median(made.image[capsule]))
-    spread = made.image[body].std()
-    assert made.image[capsule].mean() - made.image[body].mean() > 0.5 * spread
-    organ = capsule | core
-    best = max(
-        2 * (organ & (made.image > level)).sum() / (organ.sum() + (made.image > level).sum())
-        for level in np.quantile(made.image, np.linspace(0.5, 0.99, 50))
-    )
-    assert best < 0.85
+    assert made.image[capsule].mean() - made.image[body].mean() > 0.5 * made.image[body].std()
+
+
+def test_even_the_best_threshold_of_each_case_does_not_find_the_organ() -> None:
+    best = []
+    for number in range(1, 9):
+        made = make_phantom_case(PhantomSettings(), number)
+        organ = made.label > 0
+        levels = np.quantile(made.image, np.linspace(0.5, 0.99, 50))
+        found = [made.image > level for level in levels]
+        best.append(max(2 * (organ & mask).sum() / (organ.sum() + mask.sum()) for mask in found))
+    assert np.mean(best) < 0.8
 
 
 def test_making_the_same_phantom_again_is_allowed_another_one_not(tmp_path: Path) -> None:
