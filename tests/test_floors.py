@@ -48,7 +48,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Our modules that a file imports when it runs, wherever the import stands; those for type checkers are left out."""
+    """Our modules that a file imports when it runs, wherever the import stands; not those for type checkers."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_checkers = {
         id(inner)
