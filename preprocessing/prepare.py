@@ -126,7 +126,7 @@ def sample_class_locations(label: LabelArray, schema: LabelSchema) -> dict[str, 
     flat = label.reshape(-1)
     foreground = np.flatnonzero(flat)
     values = flat[foreground]
-    found = {name: foreground[np.isin(values, members)] for name, members in schema.foreground.items()}
+    found = {name: foreground[_is_any(values, members)] for name, members in schema.foreground.items()}
     if schema.ignore_label is not None:
         found[ANNOTATED] = np.flatnonzero(flat != schema.ignore_label)
     kind = np.int16 if max(label.shape) <= np.iinfo(np.int16).max else np.int32
