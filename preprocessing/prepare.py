@@ -180,6 +180,10 @@ class Resampling:
         return cls(int(arguments["order"]), arguments.get("force_separate_z"))
 
 
+def _is_any(values: LabelArray, members: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    return values == members[0] if len(members) == 1 else np.isin(values, members)
+
+
 def _properties(image: LoadedImage, array: npt.NDArray[np.float32], plans: Plans, configuration: str) -> CaseProperties:
     plan = plans.configuration(configuration)
     z, y, x = (float(image.spacing_zyx_mm[axis]) for axis in plans.transpose_forward)
