@@ -22,6 +22,7 @@ from autossl.data.problems import InvalidInput
 from autossl.data.store import open_array
 from autossl.planners.plans import ConfigurationPlan
 from autossl.trainers.base import Batch, BatchRequest, StreamBatch, StreamRequest
+from autossl.trainers.batch_workers import _Pinnable
 from autossl.trainers.batches import BatchMaker, LoadingError, Streams, UnlabeledCase, batch_iterator
 from autossl.trainers.patch_reader import CaseReader
 from toys import toy_architecture, toy_configuration, toy_schema
@@ -547,6 +548,22 @@ def test_a_fault_of_ours_names_step_stream_and_case(maker, num_workers):
     ):
         next(batches)
     assert "of the labeled stream, case l" in str(caught.value)
+
+
+def test_pinning_copies_each_tensor_once_and_keeps_the_rest(maker, monkeypatch):
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self.clone())
+    batch = maker.make(0, BatchRequest(StreamRequest(2), StreamRequest(2, views=2)))
+    pinned = _Pinnable(batch).pin_memory()
+    assert same(batch, pinned)
+    assert all(a is not b for a, b in zip(tensors(batch), tensors(pinned), strict=True))
+    assert pinned.unlabeled.valids[0] is pinned.unlabeled.valids[1]
+    assert pinned.unlabeled.attributes == batch.unlabeled.attributes
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_asking_for_pinned_memory_without_a_gpu_gives_plain_batches(maker):
+    with batch_iterator(maker, steps_from(0, 2), 1, pin_memory=True) as batches:
+        assert all(same(batch, maker.make(*item)) for batch, item in zip(batches, steps_from(0, 2), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- reader
