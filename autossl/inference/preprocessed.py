@@ -11,6 +11,7 @@ import numpy.typing as npt
 from autossl.data.geometry import Geometry
 from autossl.data.labels import LabelSchema
 from autossl.data.prepared import CaseProperties
+from autossl.data.problems import InvalidInput, Problem
 from autossl.data.store import CaseStore
 from autossl.inference.predictor import Predictor, Slab
 from autossl.inference.restore import OriginalGrid, Restored, Wanted, decide_labels, restore
@@ -47,7 +48,15 @@ def predict_preprocessed(
     """
     properties = store.properties(case)
     if tuple(properties.transpose_forward) != tuple(plans.transpose_forward):
-        raise ValueError(f"case {case} is stored with axes {properties.transpose_forward}, the plan's are other ones")
+        raise InvalidInput(
+            Problem(
+                f"stored with axes {properties.transpose_forward}",
+                f"{plans.transpose_forward}, as the plan says",
+                "preprocess the case again with autossl_plan_and_preprocess",
+                case=case,
+                file=store.properties_path(case),
+            )
+        )
     restored = predict_image(predictor, np.asarray(store.image(case)[:]), properties, schema)
     return restored.label_map, properties.geometry
 

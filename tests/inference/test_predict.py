@@ -82,6 +82,9 @@ def test_folder_prediction_equals_preprocessing_and_predicting_by_hand(
     np.testing.assert_array_equal(written, label_map)
     assert geometry == image.geometry
     assert len(np.unique(label_map)) > 1
+    turned = model.plans.model_copy(update={"transpose_forward": (1, 0, 2), "transpose_backward": (1, 0, 2)})
+    with pytest.raises(InvalidInput, match="stored with axes"):
+        predict_preprocessed(predictor, store, "b", turned, SCHEMA)
     assert predict_preprocessed_grid(predictor, prepared.image, SCHEMA).shape == prepared.image.shape[1:]
 
 
