@@ -13,7 +13,7 @@ from autossl.planners.presets import Preset
 
 STEPS_PER_PATIENT = 2500
 STEP_RANGE = (50_000, 250_000)
-"""250 000 is nnU-Net v2's length of a run; published semi-supervised runs take 6 000 to 30 000 (shared methods)."""
+"""250 000 is nnU-Net v2's length of a run; published semi-supervised runs take 6 000 to 30 000."""
 WARM_UP_FRACTION = 0.02
 RAMP_END_FRACTION = 1.0
 EMA_RANGE = (0.99, 0.999)
