@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -40,7 +41,6 @@ def run_worker(task_file: Path, answer_file: Path) -> None:
     """Plans every data set of the task with nnU-Net's own planners; written as a list of plans by preset."""
     import contextlib
     import io
-    import os
 
     root = Path(tempfile.mkdtemp(prefix="nnunet_"))
     for name in ("raw", "preprocessed", "results"):
@@ -300,6 +300,20 @@ def compare_raw(raw: Path, datasets: list[dict[str, Any]], answers: list[dict[st
     }
 
 
+def about_this_run(nnunet_python: Path) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    ask_version = "import importlib.metadata as m; print(m.version('nnunetv2'))"
+    commands = {
+        "commit": ["git", "rev-parse", "HEAD"],
+        "nnunetv2": [str(nnunet_python), "-c", ask_version],
+    }
+    versions = {
+        name: subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        for name, command in commands.items()
+    }
+    return versions | {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
+
+
 def main() -> int:
     """Runs the comparison; exit code 1 where any field differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -324,7 +338,8 @@ def main() -> int:
     result = compare(datasets, answers, arguments.presets)
     if arguments.raw:
         result["from_raw"] = compare_raw(arguments.raw, datasets[arguments.random :], answers[arguments.random :])
-    result |= {"python": platform.python_version(), "machine": platform.machine(), "random": arguments.random}
+    result |= about_this_run(arguments.nnunet_python)
+    result |= {"random": arguments.random, "first_seed": arguments.first_seed}
     result |= {"real": [d["name"] for d in datasets[arguments.random :]]}
     text = json.dumps(result, indent=2)
     print(text[:8000])
