@@ -170,7 +170,14 @@ def test_every_decision_has_its_reason(facts: DatasetFacts, preset: str) -> None
     content = plans.to_json()
     decided = {f"semi_supervised.{key}" for key in content["semi_supervised"]} | {"transpose_forward", "orientation"}
     for name in plans.configurations:
-        fields = ("spacing", "patch_size", "batch_size", "labeled_batch_size", "unlabeled_batch_size", "batch_dice")
+        fields: tuple[str, ...] = (
+            "spacing",
+            "patch_size",
+            "batch_size",
+            "labeled_batch_size",
+            "unlabeled_batch_size",
+            "batch_dice",
+        )
         fields += ("normalization_schemes", "use_mask_for_norm", "mirror_axes", "median_image_size_in_voxels")
         fields += tuple(f"architecture.arch_kwargs.{k}" for k in ("strides", "kernel_sizes", "features_per_stage"))
         decided |= {f"configurations.{name}.{key}" for key in fields}
