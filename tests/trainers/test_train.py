@@ -24,7 +24,7 @@ from autossl.trainers.pseudo_labels import PseudoLabelStore
 from autossl.trainers.registry import METHODS
 from autossl.trainers.setup import resolve
 from autossl.trainers.speed import steps_for_hours
-from autossl.trainers.train import TrainHooks, TrainRequest, train
+from autossl.trainers.train import TrainHooks, TrainRequest, share_cores, train
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(12, 16, 16))
 
@@ -277,3 +277,20 @@ def test_ct_of_a_budget_is_normalized_by_its_own_labels(tmp_path: Path) -> None:
         assert budget.store.folder != whole.store.folder
     train(request(workspace, labeled="2", steps=1))
     assert budget.store.has(labeled[0], labeled=True)
+
+
+def test_loader_processes_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("autossl.trainers.train.usable_cpus", lambda: 2)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        share_cores("cpu", 1)
+        assert torch.get_num_threads() == 2, "what the user set stays"
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        share_cores("cuda", 2)
+        assert torch.get_num_threads() == 2
+        share_cores("cpu", 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
