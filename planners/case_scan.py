@@ -140,7 +140,7 @@ def scan_bytes(case: Case) -> int:
         shape = read_geometry(case.images[0], "native").shape_zyx
     except (InvalidInput, OSError):
         return 0
-    per_voxel = 12 * len(case.images) + 24  # float32, file content and mask per channel; label map and components
+    per_voxel = 4 * len(case.images) + 20  # float32 channels; one file, its mask, the label map and its copy
     return int(np.prod(shape, dtype=np.int64)) * per_voxel
 
 

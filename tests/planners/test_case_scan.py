@@ -184,6 +184,6 @@ def test_quantiles_of_a_ramp_and_of_a_large_image(monkeypatch: pytest.MonkeyPatc
 
 def test_scan_memory_is_estimated_from_the_header(tmp_path: Path) -> None:
     case = _case(tmp_path, n_channels=2)
-    assert scan_bytes(case) == 480 * (12 * 2 + 24)
+    assert scan_bytes(case) == 480 * (4 * 2 + 20)
     case.images[0].write_bytes(b"")
     assert scan_bytes(case) == 0
