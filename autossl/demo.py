@@ -30,7 +30,7 @@ class DemoSettings:
     preset: str = "nano"
     methods: tuple[str, ...] = ("supervised", "mean_teacher")
     """Trained at the same number of steps, with the same seed and cases."""
-    steps: int = 400
+    steps: int = 300
     fold: str = "0"
     seed: int = 0
     device: str = "auto"
