@@ -98,7 +98,7 @@ def make_synthetic_mr(folder: Path, cases: int = 6) -> None:
         hole = (np.abs(grid[0]) < 0.12) & (np.abs(grid[1]) < 0.2) & (np.abs(grid[2]) < 0.3)
         label = np.where(brain & ~hole, np.digitize(field, [1.0, 1.7]), 0).astype(np.uint8)
         channels = [
-            np.where(brain & ~hole, 200 * (c + 1) + 30 * label + rng.normal(0, 20, shape), 0).astype(np.float32)
+            np.where(brain & ~hole, 200.0 * (c + 1) + 30.0 * label + rng.normal(0, 20, shape), 0).astype(np.float32)
             for c in range(2)
         ]
         _write_case(folder, f"mr_{case:03d}", channels, label, spacing_zyx)
@@ -179,7 +179,7 @@ def compare(root: Path, scenario: Scenario) -> dict[str, Any]:
     for configuration in scenario.configurations:
         store = CaseStore(root / "preprocessed" / scenario.dataset / "data" / plans.data_hash(configuration))
         folder = theirs / f"{plans_name}_{configuration}"
-        largest, different, voxels, resampled = 0.0, 0, 0, 0
+        largest, different, voxels, resampled, outside = 0.0, 0, 0, 0, 0
         files = sorted(path for path in folder.glob("*.b2nd") if not path.name.endswith("_seg.b2nd"))
         for file in files:
             case = file.name.removesuffix(".b2nd")
@@ -192,6 +192,8 @@ def compare(root: Path, scenario: Scenario) -> dict[str, Any]:
             voxels += label.size
             properties = store.properties(case)
             resampled += properties.shape != properties.shape_after_crop
+            if properties.has_nonzero_mask:  # nnU-Net resamples its -1 together with the labels
+                outside += int((store.nonzero(case)[:] != (label >= 0)).sum())
         result[configuration] = {
             "spacing": list(plans.configuration(configuration).spacing),
             "transpose_forward": list(plans.transpose_forward),
@@ -200,6 +202,7 @@ def compare(root: Path, scenario: Scenario) -> dict[str, Any]:
             "resampled_cases": resampled,
             "largest_image_difference": largest,
             "different_label_voxels": different,
+            "different_mask_voxels": outside,
             "label_voxels": voxels,
         }
     return result
