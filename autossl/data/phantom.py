@@ -21,8 +21,8 @@ from autossl.data.problems import InvalidInput, Problem
 FloatArray = npt.NDArray[np.float64]
 BODY, CAPSULE, CORE, LOOK_ALIKE = 1, 2, 3, 4
 LABELS = {"background": 0, "capsule": 1, "core": 2}
-MEAN_INTENSITY = {BODY: 0.62, CAPSULE: 1.0, CORE: 0.74, LOOK_ALIKE: 0.95}
-"""Before the case's own contrast; air is 0. The core lies between body and capsule, look-alikes near the capsule."""
+MEAN_INTENSITY = {BODY: 0.62, CAPSULE: 1.0, CORE: 0.42, LOOK_ALIKE: 0.95}
+"""Before the case's own contrast; air is 0. The core is darker than the body, look-alikes are near the capsule."""
 TEXTURE_SCALE_VOXELS = {BODY: 2.5, CAPSULE: 0.8, CORE: 1.6, LOOK_ALIKE: 1.6}
 """Standard deviation of the Gaussian that makes each tissue's grain; the capsule's is finer than its look-alikes'."""
 TEXTURE_STRENGTH = 0.08
