@@ -165,7 +165,7 @@ def write_nnunet_folder(model: TrainedModel, results: Path) -> Path:
             "network_weights": weights,
             "trainer_name": "nnUNetTrainer",
             "init_args": {"configuration": model.run.configuration},
-            "inference_allowed_mirroring_axes": model.plan.mirror_axes,
+            "inference_allowed_mirroring_axes": model.plan.mirror_axes or None,  # it fails at an empty one
         }
         torch.save(content, folder / f"fold_{fold}" / "checkpoint_final.pth")
     return folder
