@@ -49,6 +49,9 @@ def run_command(
         argv: Arguments without the program's name; None takes the command line's.
     """
     arguments = parser.parse_args(argv)
+    # PyTorch's idle threads sleep instead of spinning: beside other work on the machine spinning costs more than it
+    # saves. It is read when PyTorch is imported, which no command has done yet; the user's own choice stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with _log_lines(arguments.verbose, arguments.quiet):
             action(arguments)
