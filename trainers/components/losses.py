@@ -6,7 +6,8 @@ weights and masks [N, 1, *S]. Dice losses are 1 - Dice, so a perfect prediction 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -144,3 +145,176 @@ class SupervisedLoss:
                 level_w = None if w is None else at_level(w, shape)
                 total = total + weight * self.at_one_level(level, at_level(target, shape), level_w)
         return total
+
+
+# -------------------------------------------------------------------------------------------------- hard pseudo-labels
+
+Levels = Tensor | Sequence[Tensor]
+"""Logits of one resolution, or of all deep-supervision levels, full resolution first."""
+
+
+def hard_label_ce(
+    z: Levels, target: Tensor, w: Tensor | None = None, count: Tensor | None = None, regions: bool = False
+) -> Tensor:
+    """Σ w·CE / max(Σ count, 1e-6), summed over the levels with the weights of L_sup; no weights: the plain mean.
+
+    Everything is given at full resolution and brought to each level by nearest neighbor. Nothing to average: 0 with
+    a graph; voxels of weight 0 get no gradient, whatever z holds there.
+
+    Args:
+        z: logits.
+        target: class numbers [N, 1, *S]; regions: 0/1 [N, C, *S], and CE is binary.
+        w: weights [N, 1, *S], 0 where a voxel does not act; regions also [N, C, *S].
+        count: what is divided by, such as all valid voxels where w is a confidence gate; None: w.
+        regions: z are logits of sigmoids.
+    """
+
+    def one_level(z: Tensor, target: Tensor, w: Tensor | None, count: Tensor | None) -> Tensor:
+        return _hard_ce(z, target, w, count, regions)
+
+    return _over_levels(one_level, z, target, w, count)
+
+
+def hard_label_dice(
+    z: Levels,
+    target: Tensor,
+    w: Tensor | None = None,
+    regions: bool = False,
+    square: bool = False,
+    batch_dice: bool = True,
+) -> Tensor:
+    """1 - mean soft Dice over the foreground (regions: all of them), summed over the levels like `hard_label_ce`.
+
+    A class that is neither in the target nor predicted costs nothing, so that no weight at all gives 0.
+
+    Args:
+        z, target, w, regions: as in `hard_label_ce`.
+        square: sums of squares below.
+        batch_dice: sums over the batch; else per sample, then the mean.
+    """
+
+    def one_level(z: Tensor, target: Tensor, w: Tensor | None, _: Tensor | None) -> Tensor:
+        z = _acting(z, w)
+        p = torch.sigmoid(z.float()) if regions else torch.softmax(z.float(), 1)
+        classes = None if regions else range(1, z.shape[1])
+        return 1 - soft_dice(p, target, w, classes=classes, square=square, per_sample=not batch_dice).mean()
+
+    return _over_levels(one_level, z, target, w, None)
+
+
+def hard_label_loss(
+    z: Levels,
+    target: Tensor,
+    w: Tensor | None = None,
+    count: Tensor | None = None,
+    regions: bool = False,
+    square: bool = False,
+    batch_dice: bool = True,
+) -> Tensor:
+    """`hard_label_ce` + `hard_label_dice`; `count` concerns the cross-entropy alone."""
+    cross_entropy = hard_label_ce(z, target, w, count, regions)
+    return cross_entropy + hard_label_dice(z, target, w, regions, square, batch_dice)
+
+
+def region_mix_loss(
+    z: Levels,
+    mask: Tensor,
+    y_out: Tensor,
+    y_in: Tensor,
+    w_out: float = 1.0,
+    w_in: float = 1.0,
+    *,
+    valid_out: Tensor | None = None,
+    valid_in: Tensor | None = None,
+    regions: bool = False,
+    batch_dice: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Loss of a mixed image as its two parts: ½·w_out·(Dice + CE) where the mask is true, ½·w_in·(…) where it is not.
+
+    Each part is normalized by its own size, so that the weights compare the parts and not their volumes. The loss
+    of Bai et al., CVPR 2023 is the sum; here the parts stay apart, because one comes from true labels.
+
+    Args:
+        z: logits of the mixed image.
+        mask: boolean [N, 1, *S], true outside the box.
+        y_out, y_in: targets of the two source images, whole; they are cut by the mask here.
+        w_out, w_in: weights of the parts.
+        valid_out, valid_in: boolean [N, 1, *S] of the source images; None: all voxels.
+        regions, batch_dice: as in `hard_label_loss`.
+    """
+    target = torch.where(mask, y_out, y_in)
+    outside = mask if valid_out is None else mask & valid_out
+    inside = ~mask if valid_in is None else ~mask & valid_in
+    outer = hard_label_loss(z, target, outside, regions=regions, batch_dice=batch_dice)
+    inner = hard_label_loss(z, target, inside, regions=regions, batch_dice=batch_dice)
+    return 0.5 * w_out * outer, 0.5 * w_in * inner
+
+
+def _over_levels(
+    one_level: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor],
+    z: Levels,
+    target: Tensor,
+    w: Tensor | None,
+    count: Tensor | None,
+) -> Tensor:
+    """Σ level weight · one_level(z, target, w, count at the level); levels of weight 0 are not computed."""
+    levels = [z] if isinstance(z, Tensor) else list(z)
+    total = torch.zeros((), device=levels[0].device)
+    for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True):
+        if weight > 0:
+            shape = level.shape[2:]
+            level_w, level_count = (None if values is None else at_level(values, shape) for values in (w, count))
+            total = total + weight * one_level(level, at_level(target, shape), level_w, level_count)
+    return total
+
+
+def _acting(z: Tensor, w: Tensor | None) -> Tensor:
+    """z, with 0 where the weight is 0: what stands there cannot reach a value or a gradient, inf and nan included."""
+    return z if w is None else torch.where(w > 0, z, 0)
+
+
+def _hard_ce(z: Tensor, target: Tensor, w: Tensor | None, count: Tensor | None, regions: bool) -> Tensor:
+    z = _acting(z, w).float()
+    if regions:
+        voxels = functional.binary_cross_entropy_with_logits(z, target.float(), reduction="none")
+    else:
+        voxels = functional.cross_entropy(z, target[:, 0].long(), reduction="none").unsqueeze(1)
+    divisor = w if count is None else count
+    if divisor is None:
+        return voxels.mean()
+    total = voxels.sum() if w is None else (voxels * w.float()).sum()
+    return total / divisor.float().expand_as(voxels).sum().clamp(min=EPS)
+
+
+# ------------------------------------------------------------------------------------------- entropies and divergences
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ_c p·(ln p - ln q) over axis 1, kept: [N, 1, *S] from log-probabilities [N, C, *S].
+
+    From logs, so that small probabilities stay exact; p = 0 contributes 0. Gradients flow through both sides.
+    """
+    log_p, log_q = log_p.float(), log_q.float()
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0)).sum(1, keepdim=True)
+
+
+def entropy(p: Tensor, regions: bool = False) -> Tensor:
+    """-Σ_c p·ln(p + 1e-6), in nats, [N, 1, *S]; regions: the mean over regions of the binary entropy."""
+    p = p.float()
+    if regions:
+        return -(p * (p + EPS).log() + (1 - p) * (1 - p + EPS).log()).mean(1, keepdim=True)
+    return -(p * (p + EPS).log()).sum(1, keepdim=True)
+
+
+def normalized_entropy(z: Tensor, regions: bool = False) -> Tensor:
+    """Entropy of softmax(z) divided by ln C: 0 (certain) to 1 (uniform) for any number of classes, [N, 1, *S].
+
+    By log_softmax, exact also where probabilities underflow. Regions: mean binary entropy divided by ln 2.
+    """
+    z = z.float()
+    if regions:
+        log_in, log_out = functional.logsigmoid(z), functional.logsigmoid(-z)
+        return -(log_in.exp() * log_in + log_out.exp() * log_out).mean(1, keepdim=True) / math.log(2)
+    log_p = functional.log_softmax(z, 1)
+    return -(log_p.exp() * log_p).sum(1, keepdim=True) / math.log(z.shape[1])
