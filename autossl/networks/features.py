@@ -7,12 +7,15 @@ negative from the full resolution), `dec:last` = input of the last segmentation 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from autossl.planners.plans import Architecture
+
 Skips = list[Tensor]
+_Entry = TypeVar("_Entry")
 
 
 def encode(network: nn.Module, image: Tensor) -> Skips:
@@ -86,7 +89,18 @@ def forward_features(
     return logits, {tap: _tapped(tap, skips, features) for tap in taps}
 
 
-def _tapped(tap: str, skips: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+def tap_channels(architecture: Architecture, tap: str) -> int:
+    """Channels of the map that `forward_features` gives for a tap.
+
+    Raises:
+        ValueError: an unknown tap.
+    """
+    widths: Sequence[int] = architecture.arch_kwargs["features_per_stage"]
+    return _tapped(tap, widths, widths[-2::-1])
+
+
+def _tapped(tap: str, skips: Sequence[_Entry], features: Sequence[_Entry]) -> _Entry:
+    """The entry of a tap among the encoder's stages (full resolution first) and the decoder's (deepest first)."""
     if tap == "bottleneck":
         return skips[-1]
     side, _, position = tap.partition(":")

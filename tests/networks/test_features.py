@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from autossl.networks.build import build_network, set_deep_supervision
-from autossl.networks.features import decode, encode, forward_features
+from autossl.networks.features import decode, encode, forward_features, tap_channels
 from autossl.planners.plans import NETWORK_CLASSES, Architecture
 
 SHAPES = {"2d": (16, 16), "isotropic": (8, 16, 16), "anisotropic": (6, 16, 16)}
 
 
-def network_of(kind: str, geometry: str) -> nn.Module:
+def architecture_of(kind: str, geometry: str) -> Architecture:
     dims = len(SHAPES[geometry])
     flat = geometry == "anisotropic"
     kwargs: dict[str, Any] = {
@@ -32,7 +32,11 @@ def network_of(kind: str, geometry: str) -> nn.Module:
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
     }
-    return build_network(Architecture(network_class_name=NETWORK_CLASSES[kind], arch_kwargs=kwargs), 2, 3, seed=1)
+    return Architecture(network_class_name=NETWORK_CLASSES[kind], arch_kwargs=kwargs)
+
+
+def network_of(kind: str, geometry: str) -> nn.Module:
+    return build_network(architecture_of(kind, geometry), 2, 3, seed=1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "resenc"])
@@ -48,6 +52,34 @@ def test_encode_and_decode_equal_the_network(kind: str, geometry: str) -> None:
     set_deep_supervision(network, False)
     (alone,), _ = decode(network, encode(network, image))
     torch.testing.assert_close(alone, network(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "resenc"])
+@pytest.mark.parametrize("geometry", list(SHAPES))
+def test_forward_features_equals_the_network(kind: str, geometry: str, deep_supervision: bool) -> None:
+    network = network_of(kind, geometry)
+    set_deep_supervision(network, deep_supervision)
+    image = torch.rand(2, 2, *SHAPES[geometry])
+    answer = network(image)
+    expected = answer if deep_supervision else [answer]
+    logits, _ = forward_features(network, image, ("bottleneck", "dec:last"))
+    assert len(logits) == len(expected) == (2 if deep_supervision else 1)
+    for ours, theirs in zip(logits, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "resenc"])
+@pytest.mark.parametrize("geometry", list(SHAPES))
+def test_tap_channels_and_strides_tell_the_shape_of_every_tap(kind: str, geometry: str) -> None:
+    architecture = architecture_of(kind, geometry)
+    stages = {"enc:0": 0, "enc:1": 1, "enc:-1": 2, "bottleneck": 2, "dec:0": 1, "dec:1": 0, "dec:-2": 1, "dec:last": 0}
+    image = torch.rand(1, 2, *SHAPES[geometry])
+    _, maps = forward_features(network_of(kind, geometry), image, tuple(stages))
+    for tap, stage in stages.items():
+        factors = architecture.cumulative_strides[stage]
+        size = tuple(side // factor for side, factor in zip(SHAPES[geometry], factors, strict=True))
+        assert maps[tap].shape == (1, tap_channels(architecture, tap), *size), tap
 
 
 def test_taps_have_the_sizes_of_their_stages_and_the_last_one_feeds_the_head() -> None:
@@ -94,3 +126,5 @@ def test_gradients_flow_through_the_taps() -> None:
 def test_unknown_taps_are_named(tap: str) -> None:
     with pytest.raises(ValueError, match=f"tap '{tap}'"):
         forward_features(network_of("plain", "2d"), torch.rand(1, 2, *SHAPES["2d"]), (tap,))
+    with pytest.raises(ValueError, match=f"tap '{tap}'"):
+        tap_channels(architecture_of("plain", "2d"), tap)
