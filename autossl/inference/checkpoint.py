@@ -35,7 +35,7 @@ class TrainedNetworks:
 
     spec: PredictionSpec
     networks: Mapping[str, Mapping[str, Tensor]]
-    """Network name → state dict; those of the spec's members, on the CPU, read from the file when they are used."""
+    """Network name → state dict; those that the spec's members are made of, on the CPU, read when they are used."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def read_trained_networks(path: Path) -> TrainedNetworks:
     except InvalidInput as error:
         raise InvalidInput([Problem(p.found, p.expected, p.fix, file=path) for p in error.problems]) from error
     networks = content.get("networks")
-    names = [member.name for member in spec.members]
+    names = [name for member in spec.members for name in member.parts]
     missing = [name for name in names if not isinstance(networks, dict) or not _is_state(networks.get(name))]
     if missing:
         raise InvalidInput(

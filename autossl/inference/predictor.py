@@ -23,7 +23,7 @@ from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
 from autossl.inference.tiles import TileGroup, tile_groups, tile_weights
 from autossl.networks.cpu import use_onednn
-from autossl.networks.prediction import PredictionSpec, build_member, logits_of, probabilities_of
+from autossl.networks.prediction import PredictionSpec, build_member, logits_of, member_parts, probabilities_of
 from autossl.planners.plans import ConfigurationPlan
 
 logger = logging.getLogger(__name__)
@@ -313,28 +313,36 @@ def _loaded(
 ) -> torch.nn.Module:
     """The member's network with its weights."""
     member = spec.members[index]
-    if member.name not in states:
+    missing = [name for name in member.parts if name not in states]
+    if missing:
         raise InvalidInput(
             Problem(
-                f"no weights for network '{member.name}'; there are {', '.join(sorted(states)) or 'none'}",
+                f"no weights for network '{missing[0]}'; there are {', '.join(sorted(states)) or 'none'}",
                 "weights for every network that predicts",
                 "use a checkpoint of a finished training",
             )
         )
-    network = build_member(member, plan.n_channels, schema.n_outputs)
-    prefixes = ("module.", "_orig_mod.")
-    state = dict(states[member.name])
-    for prefix in prefixes:
+    network = build_member(member, plan.n_channels, schema.n_outputs, spec.activation)
+    for name, module in member_parts(member, network).items():
+        _load_weights(module, name, states[name], plan, schema)
+    return network
+
+
+def _load_weights(
+    module: torch.nn.Module, name: str, weights: Mapping[str, Any], plan: ConfigurationPlan, schema: LabelSchema
+) -> None:
+    """Into the module, whatever wrapping the weights' names still tell of."""
+    state = dict(weights)
+    for prefix in ("module.", "_orig_mod."):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     try:
-        network.load_state_dict(state)
+        module.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise InvalidInput(
             Problem(
-                f"the weights of '{member.name}' do not fit its network ({'; '.join(lines[1:3]) or lines[0]})",
+                f"the weights of '{name}' do not fit its network ({'; '.join(lines[1:3]) or lines[0]})",
                 f"weights for {plan.n_channels} channels and {schema.n_outputs} outputs",
                 "use the plans.json and dataset.json that the checkpoint was trained with",
             )
         ) from error
-    return network

@@ -5,7 +5,8 @@ Names of torch modules in a plan are looked up in a closed table; nothing is imp
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,10 +62,7 @@ def build_network(
     """
     kwargs = _resolved_kwargs(architecture)
     network_class: Any = NETWORKS[architecture.network_class_name]
-    generator_kept = torch.random.fork_rng(devices=[]) if seed is not None else nullcontext()
-    with generator_kept:
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded_weights(seed):
         try:
             network: Any = network_class(
                 input_channels=in_channels, num_classes=out_channels, deep_supervision=deep_supervision, **kwargs
@@ -79,6 +77,15 @@ def build_network(
             ) from error
         network.apply(network.initialize)
     return network
+
+
+@contextmanager
+def seeded_weights(seed: int | None) -> Iterator[None]:
+    """New weights are drawn from this seed and the global generator is left as it was; None draws from that one."""
+    with torch.random.fork_rng(devices=[]) if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:

@@ -6,6 +6,7 @@ The vocabulary is closed: a checkpoint can ask for what is listed here and for n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional
 
 from autossl.data.problems import InvalidInput, Problem
 from autossl.networks.build import build_network
+from autossl.networks.decoders import DecoderVariant, Upsampling
+from autossl.networks.features import decode, encode
 from autossl.planners.plans import Architecture
 
 Activation = Literal["softmax", "sigmoid", "dirichlet"]
@@ -22,6 +25,17 @@ SMALLEST_PROBABILITY = 1e-7
 """Keeps the logarithm of a mean probability finite; far below what a label decision can notice."""
 HEADS: tuple[str, ...] = ()
 """Named output heads a member may ask for; a method that deploys one adds its module to `autossl.networks`."""
+
+
+class SharedDecoder(BaseModel):
+    """A further decoder on a member's encoder; `name` is its entry in the checkpoint's `networks`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    upsampling: Upsampling
+    deep_supervision: bool = False
+    """Whether it was trained with heads at all levels; only the full resolution predicts."""
 
 
 class Member(BaseModel):
@@ -35,6 +49,13 @@ class Member(BaseModel):
     """Image channels that this network sees, in this order; None: all."""
     head: str | None = None
     """A named output head; None: the network's own logits."""
+    decoders: tuple[SharedDecoder, ...] = ()
+    """Decoders beside the network's own; the mean of the probabilities of all of them is the member's."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Entries of the checkpoint's `networks` that the member is made of, its own first."""
+        return (self.name, *(decoder.name for decoder in self.decoders))
 
     @field_validator("channels")
     @classmethod
@@ -68,11 +89,14 @@ class PredictionSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PredictionSpec:
-        names = [member.name for member in self.members]
+        names = [name for member in self.members for name in member.parts]
         if len(set(names)) != len(names):
             raise ValueError(f"members must have distinct names, found {names}")
         if self.combine == "single" and len(self.members) != 1:
             raise ValueError(f"'single' takes one member, found {len(self.members)}; use 'mean_probabilities'")
+        several = any(member.decoders for member in self.members)
+        if several and (self.combine == "single" or self.activation == "dirichlet"):
+            raise ValueError("members with several decoders take 'mean_probabilities' of softmax or sigmoid")
         if len({member.architecture.dims for member in self.members}) != 1:
             raise ValueError("members must agree on 2D or 3D: they see the same tiles")
         return self
@@ -104,9 +128,28 @@ class PredictionSpec(BaseModel):
             ) from error
 
 
-def build_member(member: Member, n_channels: int, n_outputs: int) -> nn.Module:
+class DecoderEnsemble(nn.Module):
+    """A U-Net with further decoders on its encoder, which runs once; gives `logits_of` their mean probabilities."""
+
+    def __init__(self, network: nn.Module, decoders: Sequence[DecoderVariant], activation: Activation) -> None:
+        super().__init__()
+        self.network = network
+        self.decoders = nn.ModuleList(decoders)
+        self.activation = activation
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [N,K,*S] at full resolution."""
+        skips = encode(self.network, image)
+        total = probabilities_of(decode(self.network, skips)[0][0], self.activation)
+        for decoder in self.decoders:
+            total = total + probabilities_of(decoder(skips)[0], self.activation)
+        return logits_of(total / (1 + len(self.decoders)), self.activation)
+
+
+def build_member(member: Member, n_channels: int, n_outputs: int, activation: Activation = "softmax") -> nn.Module:
     """The member's network without weights of its own yet, in evaluation mode, giving full-resolution logits alone.
 
+    The activation counts where several decoders are averaged; `member_parts` tells which weights go where.
     Raises `InvalidInput` where the member asks for a channel that the images do not have.
     """
     if member.channels is not None and max(member.channels) >= n_channels:
@@ -119,7 +162,22 @@ def build_member(member: Member, n_channels: int, n_outputs: int) -> nn.Module:
         )
     seen = n_channels if member.channels is None else len(member.channels)
     network = build_network(member.architecture, seen, n_outputs, deep_supervision=False, seed=0)
+    if member.decoders:
+        variants = []
+        for decoder in member.decoders:
+            variant = DecoderVariant(
+                member.architecture, n_outputs, decoder.upsampling, decoder.deep_supervision, seed=0
+            )
+            variant.deep_supervision = False
+            variants.append(variant)
+        network = DecoderEnsemble(network, variants, activation)
     return network.eval().requires_grad_(False)
+
+
+def member_parts(member: Member, network: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `build_member`'s network by their entry in the checkpoint's `networks`."""
+    modules = [network.network, *network.decoders] if isinstance(network, DecoderEnsemble) else [network]
+    return dict(zip(member.parts, modules, strict=True))
 
 
 def probabilities_of(logits: Tensor, activation: Activation, dim: int = 1) -> Tensor:
