@@ -22,16 +22,28 @@ def signed_distance(
     Args:
         mask: boolean, 2 or 3 axes.
         spacing: mm per axis of the mask.
-        mode: "slice": each plane of a 3D mask for itself, for data that is much coarser across the planes.
+        mode: "slice": each plane across the axis with the largest spacing for itself, for 3D data that is much coarser
+            there.
     """
     if mode == "slice" and mask.ndim == 3:
-        return np.stack([signed_distance(plane, spacing[1:]) for plane in mask])
+        across = int(np.argmax(spacing))
+        in_plane = [mm for axis, mm in enumerate(spacing) if axis != across]
+        return np.stack([signed_distance(plane, in_plane) for plane in np.moveaxis(mask, across, 0)], axis=across)
     if not mask.any():
         return np.ones(mask.shape, dtype=np.float32)
     if mask.all():
         return np.full(mask.shape, -1, dtype=np.float32)
-    outside = ndimage.distance_transform_edt(~mask, sampling=spacing)
-    inside = ndimage.distance_transform_edt(mask, sampling=spacing)
-    distance = outside / outside.max() - inside / inside.max()
-    distance[mask & ~ndimage.binary_erosion(mask, border_value=1)] = 0
+    distance = ndimage.distance_transform_edt(~mask, sampling=spacing)
+    distance /= distance.max()
+    box = _box_with_margin(mask)
+    inside = ndimage.distance_transform_edt(mask[box], sampling=spacing)
+    inside /= inside.max()
+    distance[box] -= inside
+    distance[box][mask[box] & ~ndimage.binary_erosion(mask[box], border_value=1)] = 0
     return distance.astype(np.float32)
+
+
+def _box_with_margin(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The mask's bounding box and a voxel more on each side: what is nearest outside to a voxel inside lies in it."""
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    return tuple(slice(max(0, axis.start - 1), axis.stop + 1) for axis in box)
