@@ -15,9 +15,15 @@ from autossl.trainers.components.losses import SupervisedLoss
 torch.set_num_threads(1)
 
 
-def toy_architecture(dims: int, features: tuple[int, ...] = (4, 8), anisotropic: bool = False) -> Architecture:
-    """A two-stage plain U-Net."""
+def toy_architecture(
+    dims: int,
+    features: tuple[int, ...] = (4, 8),
+    anisotropic: bool = False,
+    strides: tuple[tuple[int, ...], ...] | None = None,
+) -> Architecture:
+    """A plain U-Net with one stage per entry of `features`; `strides` (after the first stage) go before the rest."""
     stride = [1, 2, 2] if anisotropic and dims == 3 else [2] * dims
+    later = [list(entry) for entry in strides] if strides is not None else [stride] * (len(features) - 1)
     kernel = [1, 3, 3] if anisotropic and dims == 3 else [3] * dims
     return Architecture(
         network_class_name=NETWORK_CLASSES["plain"],
@@ -26,7 +32,7 @@ def toy_architecture(dims: int, features: tuple[int, ...] = (4, 8), anisotropic:
             "features_per_stage": list(features),
             "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
             "kernel_sizes": [kernel] + [[3] * dims] * (len(features) - 1),
-            "strides": [[1] * dims] + [stride] * (len(features) - 1),
+            "strides": [[1] * dims, *later],
             "n_conv_per_stage": [1] * len(features),
             "n_conv_per_stage_decoder": [1] * (len(features) - 1),
             "conv_bias": True,
@@ -77,8 +83,9 @@ def toy_job(dims: int = 2, n_unlabeled: int = 4, total_steps: int = 100, **optio
     configuration = options.get("configuration", toy_configuration(dims))
 
     def builder(seed: int, **changes: Any) -> torch.nn.Module:
-        architecture = changes.get("architecture", configuration.architecture)
-        return build_network(architecture, configuration.n_channels, schema.n_outputs, seed=seed)
+        architecture = changes.get("architecture") or configuration.architecture
+        channels, outputs = changes.get("in_channels"), changes.get("out_channels")
+        return build_network(architecture, channels or configuration.n_channels, outputs or schema.n_outputs, seed=seed)
 
     return Job(
         configuration=configuration,
@@ -99,8 +106,13 @@ def toy_job(dims: int = 2, n_unlabeled: int = 4, total_steps: int = 100, **optio
     )
 
 
-def toy_stream(job: Job, count: int, seed: int, labeled: bool, views: int = 1) -> StreamBatch:
-    """Smooth random patches; the label is where the image is bright, so that there is something to learn."""
+def toy_stream(
+    job: Job, count: int, seed: int, labeled: bool, views: int = 1, with_target: bool | None = None
+) -> StreamBatch:
+    """Smooth random patches; the label is where the image is bright, so that there is something to learn.
+
+    `with_target` gives an unlabeled stream the labels that it would have, or takes them from a labeled one.
+    """
     generator = torch.Generator().manual_seed(derive_seed("toy", seed, int(labeled)))
     size = job.configuration.patch_size
     coarse = torch.randn(count, job.configuration.n_channels, *[4] * len(size), generator=generator)
@@ -118,7 +130,7 @@ def toy_stream(job: Job, count: int, seed: int, labeled: bool, views: int = 1) -
         valids=(valid,) * views,
         case_ids=tuple(f"case {index}" for index in range(count)),
         centers=torch.full((count, 3), 0.5),
-        targets=(target,) * views if labeled else None,
+        targets=(target,) * views if (labeled if with_target is None else with_target) else None,
     )
 
 
