@@ -14,7 +14,8 @@ from autossl.data.workspace import Workspace
 from autossl.evaluation.evaluate import Evaluation, evaluate_folder
 from autossl.evaluation.pictures import PicturedCase, draw_outlines
 from autossl.inference.predict import PredictRequest, predict
-from autossl.planners.plan_and_preprocess import plan_and_preprocess
+from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
+from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers.train import TrainHooks, TrainRequest, train
 
 OnProgress = Callable[[str, int, int], None]
@@ -67,12 +68,10 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, on_progress: On
     settings, report = settings or DemoSettings(), on_progress or (lambda what, done, total: None)
     workspace = Workspace.locate(folder)
     dataset = make_phantom_dataset(workspace.raw, settings.phantom)
+    options = PlanOptions(preset=settings.preset, configurations=(settings.configuration,))
     plan_and_preprocess(
-        settings.phantom.name,
-        workspace,
-        preset=settings.preset,
-        configurations=[settings.configuration],
-        on_progress=lambda stage, case, done, total: report(f"plan and preprocess: {stage}", done, total),
+        PlanRequest(settings.phantom.name, workspace.root, options),
+        lambda stage, case, done, total: report(f"plan and preprocess: {stage}", done, total),
     )
     runs = {method: _train(workspace, settings, method, report) for method in settings.methods}
     evaluations = {

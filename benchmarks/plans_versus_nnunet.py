@@ -210,13 +210,15 @@ def our_plans(dataset: dict[str, Any], preset: str) -> dict[str, Any]:
 
 def plans_from_raw(folder: Path, preset: str) -> dict[str, Any]:
     """Our plans of a raw data set, from our own fingerprint, in nnU-Net's form."""
-    from autossl.data.workspace import Workspace
-    from autossl.planners.plan_and_preprocess import plan_and_preprocess
+    from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
+    from autossl.planners.plan_experiment import PlanOptions
 
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / "raw").mkdir()
         (Path(root) / "raw" / folder.name).symlink_to(folder.absolute())
-        plans = plan_and_preprocess(folder.name, Workspace(Path(root)), preset=preset, preprocess=False).plans
+        plans = plan_and_preprocess(
+            PlanRequest(folder.name, Path(root), PlanOptions(preset=preset), preprocess=False)
+        ).plans
     return dict(json.loads(json.dumps(plans.to_nnunet_json())))
 
 

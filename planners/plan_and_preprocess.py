@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from autossl.planners.fingerprint import (
     previous_fingerprint,
     write_fingerprint,
 )
-from autossl.planners.plan_experiment import BUILT_IN_METHODS, PlanOptions, check_options, plan_from_facts
+from autossl.planners.plan_experiment import PlanOptions, check_options, plan_from_facts
 from autossl.planners.plans import Plans, read_plans, write_plans
 from autossl.preprocessing.preprocess import preprocess_cases
 
@@ -57,69 +57,59 @@ class PlanResult:
     """Configuration → folder of its preprocessed cases; empty without preprocessing."""
 
 
-def plan_and_preprocess(
-    dataset: str | int,
-    workspace: Workspace | None = None,
-    *,
-    configurations: Sequence[str] | None = None,
-    preset: str = DEFAULT_PRESET,
-    gpu_memory_gb: float | None = None,
-    overwrite_target_spacing: Sequence[float] | None = None,
-    preprocess: bool = True,
-    n_workers: int | None = None,
-    verify_dataset_integrity: bool = False,
-    remap_labels: Sequence[str] = (),
-    methods: Collection[str] = BUILT_IN_METHODS,
-    on_progress: Progress | None = None,
-) -> PlanResult:
+@dataclass(frozen=True)
+class PlanRequest:
+    """What `plan_and_preprocess` is asked for."""
+
+    dataset: str
+    """4, 004, Hippocampus or Dataset004_Hippocampus."""
+    workspace: Path | None = None
+    """None: as `Workspace.locate` finds it."""
+    options: PlanOptions = field(default_factory=PlanOptions)
+    """`options.configurations` says which are preprocessed; None: all that are planned."""
+    preprocess: bool = True
+    """False stops after the plans."""
+    n_workers: int | None = None
+    """Processes; None: one per usable CPU, fewer where memory is short."""
+    verify_dataset_integrity: bool = False
+    """Reads and checks every case again, also those that did not change."""
+    remap_labels: tuple[str, ...] = ()
+    """OLD=NEW texts; kept with the data set. None given: those of the last time."""
+
+
+def plan_and_preprocess(request: PlanRequest, on_progress: Progress | None = None) -> PlanResult:
     """Reads a raw data set, plans it, writes the plans and preprocesses its cases.
 
-    Plans hold every configuration that the rules give; `configurations` says which are preprocessed. What is on disk
-    and still right is kept: cases that did not change are neither scanned nor preprocessed again.
-
-    Args:
-        dataset: 4, "004", "Hippocampus" or "Dataset004_Hippocampus".
-        workspace: Default: `Workspace.locate()`.
-        configurations: Default: all that are planned.
-        preset: One of `autossl.planners.presets.PRESETS`.
-        gpu_memory_gb: Default: what the preset was made for.
-        overwrite_target_spacing: z y x in mm, in the images' own axis order.
-        preprocess: False stops after the plans.
-        n_workers: Processes; default: one per usable CPU, fewer where memory is short.
-        verify_dataset_integrity: Reads and checks every case again, also those that did not change.
-        remap_labels: "OLD=NEW" texts; kept with the data set. None given: those of the last time.
-        methods: Training methods that exist, for the recommendation.
-        on_progress: See `Progress`.
+    Plans hold every configuration that the rules give. What is on disk and still right is kept: cases that did not
+    change are neither scanned nor preprocessed again.
 
     Raises:
         InvalidInput: With all problems that were found; nothing was written then.
         WorkerError: A worker died; the cases that were finished stay.
     """
-    workspace = workspace or Workspace.locate()
-    options = PlanOptions(
-        preset=preset,
-        gpu_memory_gb=gpu_memory_gb,
-        overwrite_target_spacing=None if overwrite_target_spacing is None else tuple(overwrite_target_spacing),
-        configurations=None if configurations is None else tuple(configurations),
-        methods=methods,
-    )
+    options = request.options
     check_options(options)
-    name = workspace.find_dataset(str(dataset))
+    workspace = Workspace.locate(request.workspace)
+    name = workspace.find_dataset(request.dataset)
     folder = workspace.preprocessed_folder(name)
     with _as_it_was(folder):
         raw, problems = inspect_raw_dataset(workspace.raw_folder(name))
-        mapping = parse_remap_labels(remap_labels, raw.description.label_schema()) if remap_labels else None
+        remap, n_workers = request.remap_labels, request.n_workers
+        mapping = parse_remap_labels(remap, raw.description.label_schema()) if remap else None
         scan = ScanOptions(mapping, folder, known_problems=problems, on_case=_on_case(on_progress, "scan"))
         previous = previous_fingerprint(folder / FINGERPRINT)
         orientation = orientation_for(raw.description.file_ending)
-        fingerprint = extract_fingerprint(raw, orientation, n_workers, verify_dataset_integrity, previous, scan)
+        verify = request.verify_dataset_integrity
+        fingerprint = extract_fingerprint(raw, orientation, n_workers, verify, previous, scan)
         patients = len({case.patient for case in raw.labeled})
         plans = plan_from_facts(dataset_facts(fingerprint, raw.description, name, patients), options)
         split = load_or_make_split(folder, split_cases(raw), duplicates=fingerprint.duplicates)
     _write(folder, raw, fingerprint, plans)
     wanted = options.configurations or tuple(plans.configurations)
-    data = preprocess_planned(raw, fingerprint, plans, wanted, folder, n_workers, on_progress) if preprocess else {}
-    return PlanResult(name, folder, fingerprint, split, plans, plans_file(folder, preset), data)
+    data = {}
+    if request.preprocess:
+        data = preprocess_planned(raw, fingerprint, plans, wanted, folder, n_workers, on_progress)
+    return PlanResult(name, folder, fingerprint, split, plans, plans_file(folder, plans.preset), data)
 
 
 def preprocess_planned(

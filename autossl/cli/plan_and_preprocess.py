@@ -11,7 +11,7 @@ from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
 if TYPE_CHECKING:
-    from autossl.planners.plan_and_preprocess import PlanResult
+    from autossl.planners.plan_and_preprocess import PlanRequest, PlanResult
 
 EPILOG = """\
 Writes fingerprint.json, plans_PRESET.json (every decision with its why) and data/ below preprocessed/DATASET.
@@ -67,24 +67,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from autossl.data.workspace import Workspace
     from autossl.planners.plan_and_preprocess import plan_and_preprocess
 
     with CommandProgress(arguments.quiet) as progress:
         result = plan_and_preprocess(
-            arguments.dataset,
-            Workspace.locate(arguments.workspace),
-            configurations=arguments.configurations,
-            preset=arguments.preset,
-            gpu_memory_gb=arguments.gpu_memory_gb,
-            overwrite_target_spacing=arguments.overwrite_target_spacing,
-            preprocess=not arguments.no_preprocessing,
-            n_workers=arguments.num_processes,
-            verify_dataset_integrity=arguments.verify_dataset_integrity,
-            remap_labels=arguments.remap_labels,
-            on_progress=lambda stage, case, done, total: progress.update(stage, done, total),
+            _request(arguments), lambda stage, case, done, total: progress.update(stage, done, total)
         )
     _print_result(result)
+
+
+def _request(arguments: argparse.Namespace) -> PlanRequest:
+    from autossl.planners.plan_and_preprocess import PlanRequest
+    from autossl.planners.plan_experiment import PlanOptions
+    from autossl.trainers.registry import all_methods
+
+    spacing, configurations = arguments.overwrite_target_spacing, arguments.configurations
+    return PlanRequest(
+        dataset=arguments.dataset,
+        workspace=arguments.workspace,
+        options=PlanOptions(
+            preset=arguments.preset,
+            gpu_memory_gb=arguments.gpu_memory_gb,
+            overwrite_target_spacing=tuple(spacing) if spacing else None,
+            configurations=tuple(configurations) if configurations else None,
+            methods=tuple(all_methods()),
+        ),
+        preprocess=not arguments.no_preprocessing,
+        n_workers=arguments.num_processes,
+        verify_dataset_integrity=arguments.verify_dataset_integrity,
+        remap_labels=tuple(arguments.remap_labels),
+    )
 
 
 def _print_result(result: PlanResult) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+MANY_CASES = 4
+"""From so many cases on with the same fault they are named in one line."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -28,10 +31,27 @@ class InvalidInput(ValueError):
 
     def __init__(self, problems: Problem | Sequence[Problem], title: str = "") -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
-        lines = [str(problem) for problem in self.problems]
+        lines = _lines(self.problems)
         if title or len(lines) > 1:
-            lines = [title or f"{len(lines)} problems:"] + [f"- {line}" for line in lines]
+            lines = [title or f"{len(self.problems)} problems:"] + [f"- {line}" for line in lines]
         super().__init__("\n".join(lines))
+
+
+def _lines(problems: Sequence[Problem]) -> list[str]:
+    """One line per fault; cases that share one word for word share a line, so that the reader sees what differs."""
+    groups: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.found, problem.expected, problem.fix), []).append(problem)
+    lines = []
+    for (found, expected, fix), same in groups.items():
+        if len(same) < MANY_CASES or not all(problem.case for problem in same):
+            lines += [str(problem) for problem in same]
+            continue
+        cases = list(dict.fromkeys(str(problem.case) for problem in same))
+        first = next((problem.file for problem in same if problem.file), None)
+        place = f"{len(cases)} cases ({', '.join(cases)})" + (f", the first file {first}" if first else "")
+        lines.append(f"{place}: {found}. Expected: {expected}. What to do: {fix}.")
+    return lines
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -13,7 +13,10 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter
 from autossl.inference.predict import PredictRequest
 from autossl.planners import plan_and_preprocess as behind_planning
+from autossl.planners.plan_and_preprocess import PlanRequest
+from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers import train as behind_training
+from autossl.trainers.registry import METHODS
 from autossl.trainers.train import TrainRequest
 
 
@@ -85,10 +88,10 @@ def test_every_prediction_option_arrives() -> None:
 
 
 def test_every_planning_option_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    given: dict[str, Any] = {}
+    given: list[PlanRequest] = []
 
-    def stand_in(dataset: str, workspace: Any, **options: Any) -> None:
-        given.update(options, dataset=dataset, root=workspace.root)
+    def stand_in(request: PlanRequest, on_progress: Any) -> None:
+        given.append(request)
         raise InvalidInput(Problem("far enough", "that", "nothing"))
 
     monkeypatch.setattr(behind_planning, "plan_and_preprocess", stand_in)
@@ -98,19 +101,22 @@ def test_every_planning_option_arrives(monkeypatch: pytest.MonkeyPatch, capsys: 
     )
     assert plan_and_preprocess.main(options.split()) == 2
     assert "far enough" in capsys.readouterr().err
-    given.pop("on_progress")
-    assert given == {
-        "dataset": "4",
-        "root": Path("/W"),
-        "configurations": ["2d", "3d_fullres"],
-        "preset": "nano",
-        "gpu_memory_gb": 11.0,
-        "overwrite_target_spacing": [3.0, 1.0, 0.5],
-        "preprocess": False,
-        "n_workers": 2,
-        "verify_dataset_integrity": True,
-        "remap_labels": ["255=1", "4=3"],
-    }
+    expected = PlanRequest(
+        dataset="4",
+        workspace=Path("/W"),
+        options=PlanOptions(
+            preset="nano",
+            gpu_memory_gb=11.0,
+            overwrite_target_spacing=(3.0, 1.0, 0.5),
+            configurations=("2d", "3d_fullres"),
+            methods=tuple(METHODS),
+        ),
+        preprocess=False,
+        n_workers=2,
+        verify_dataset_integrity=True,
+        remap_labels=("255=1", "4=3"),
+    )
+    assert given == [expected]
 
 
 def test_a_stopped_training_says_how_to_go_on(

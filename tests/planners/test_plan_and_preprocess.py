@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
 from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
-from autossl.planners.plan_and_preprocess import PlanResult, find_plans, plan_and_preprocess, plans_file
+from autossl.planners.plan_and_preprocess import (
+    PlanRequest,
+    PlanResult,
+    find_plans,
+    plan_and_preprocess,
+    plans_file,
+)
+from autossl.planners.plan_experiment import PlanOptions
 
 SETTINGS = PhantomSettings(n_labeled=3, n_unlabeled=2, n_test=1, shape_zyx=(14, 20, 18))
 
@@ -49,8 +57,12 @@ def planned(planned_once: Path, tmp_path: Path) -> Workspace:
 
 def _plan(workspace: Workspace, **options: object) -> PlanResult:
     (dataset,) = (folder.name for folder in workspace.raw.iterdir())
-    arguments = {"preset": "nano", "preprocess": False, "n_workers": 0} | options
-    return plan_and_preprocess(dataset, workspace, **arguments)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"preset": "nano", "preprocess": False, "n_workers": 0} | options
+    on_progress = arguments.pop("on_progress", None)
+    of_the_plan = {field.name for field in fields(PlanOptions)}
+    chosen = PlanOptions(**{key: value for key, value in arguments.items() if key in of_the_plan})
+    rest = {key: value for key, value in arguments.items() if key not in of_the_plan}
+    return plan_and_preprocess(PlanRequest(dataset, workspace.root, chosen, **rest), on_progress)
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -121,7 +133,7 @@ def test_a_faulty_label_leaves_the_workspace_as_it_was_until_it_is_mapped(worksp
     with pytest.raises(InvalidInput, match=r"7.*--remap_labels"):
         _plan(workspace)
     assert [path.name for path in workspace.root.iterdir()] == ["raw"]
-    assert _plan(workspace, remap_labels=["7=2"]).fingerprint.remap_labels == {7: 2}
+    assert _plan(workspace, remap_labels=("7=2",)).fingerprint.remap_labels == {7: 2}
     assert _plan(workspace).fingerprint.remap_labels == {7: 2}  # kept with the data set
 
 
@@ -130,7 +142,7 @@ def test_cases_are_preprocessed_once_for_what_is_asked(planned: Workspace) -> No
     result = _plan(
         planned,
         preprocess=True,
-        configurations=["2d"],
+        configurations=("2d",),
         on_progress=lambda stage, _, *count: done.append((stage, *count)),
     )
     assert done == [("2d", number, 5) for number in range(1, 6)]  # the test case is left to prediction
@@ -139,13 +151,13 @@ def test_cases_are_preprocessed_once_for_what_is_asked(planned: Workspace) -> No
     assert all(store.has(case, labeled=True) for case in result.fingerprint.of_pool("labeled"))
     assert all(not store.label_path(case).exists() for case in result.fingerprint.of_pool("unlabeled"))
     before = _tree(result.folder)
-    _plan(planned, preprocess=True, configurations=["2d"])
+    _plan(planned, preprocess=True, configurations=("2d",))
     assert _tree(result.folder) == before
 
 
 def test_an_unknown_dataset_names_the_nearest(workspace: Workspace) -> None:
     with pytest.raises(InvalidInput, match="no dataset 'Phantm'"):
-        plan_and_preprocess("Phantm", workspace)
+        plan_and_preprocess(PlanRequest("Phantm", workspace.root))
 
 
 def test_plans_that_were_edited_are_kept_beside_the_new_ones(

@@ -16,7 +16,8 @@ import torch
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
 from autossl.data.workspace import Workspace
-from autossl.planners.plan_and_preprocess import plan_and_preprocess
+from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
+from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers.base import Phase, Refresh
 from autossl.trainers.loop import TrainingInterrupted
 from autossl.trainers.methods.mean_teacher import MeanTeacher
@@ -27,13 +28,14 @@ from autossl.trainers.speed import steps_for_hours
 from autossl.trainers.train import TrainHooks, TrainRequest, share_cores, train
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(12, 16, 16))
+PLAN_OPTIONS = PlanOptions(preset="nano", configurations=("2d",))
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("train"))
     make_phantom_dataset(workspace.raw, PHANTOM)
-    plan_and_preprocess(PHANTOM.name, workspace, configurations=("2d",), preset="nano", n_workers=1)
+    plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, PLAN_OPTIONS, n_workers=1))
     return workspace
 
 
@@ -262,7 +264,7 @@ def test_ct_of_a_budget_is_normalized_by_its_own_labels(tmp_path: Path) -> None:
     description = json.loads((folder / "dataset.json").read_text())
     description["channel_names"] = {"0": "CT"}
     (folder / "dataset.json").write_text(json.dumps(description))
-    plan_and_preprocess(PHANTOM.name, workspace, configurations=("2d",), preset="nano", n_workers=1)
+    plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, PLAN_OPTIONS, n_workers=1))
     whole, budget = resolve(request(workspace)), resolve(request(workspace, labeled="2", folds=("0",)))
     labeled = sorted({case for fold in budget.split.folds for case in fold.labeled})
     values = []

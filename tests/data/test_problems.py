@@ -1,0 +1,30 @@
+"""A fault that many cases share is said once, with all their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autossl.data.problems import InvalidInput, Problem
+
+
+def problem(case: str | None, found: str = "too dark") -> Problem:
+    return Problem(found, "light", "lamp", case=case, file=Path(f"{case}.nii") if case else None)
+
+
+def test_few_cases_have_a_line_each() -> None:
+    lines = str(InvalidInput([problem(case) for case in "abc"])).splitlines()
+    assert lines[0] == "3 problems:"
+    assert lines[1] == "- case a, a.nii: too dark. Expected: light. What to do: lamp."
+    assert len(lines) == 4
+
+
+def test_many_cases_with_one_fault_share_a_line_and_keep_their_names_and_the_others_stay_apart() -> None:
+    problems = [problem(case) for case in "abcd"] + [problem("e", "too loud"), problem(None), problem(None)]
+    error = InvalidInput(problems)
+    lines = str(error).splitlines()
+    assert len(error.problems) == 7
+    assert lines[0] == "7 problems:"
+    shared = "- 4 cases (a, b, c, d), the first file a.nii: too dark. Expected: light. What to do: lamp."
+    assert shared not in lines  # two faults of no case are the same words: nothing may hide them
+    without_place = str(InvalidInput([problem(case) for case in "abcd"] + [problem("e", "too loud")])).splitlines()
+    assert without_place[1:] == [shared, "- case e, e.nii: too loud. Expected: light. What to do: lamp."]
