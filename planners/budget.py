@@ -85,7 +85,7 @@ def budget_statistics(fingerprint: Fingerprint, labeled_ids: Sequence[str], sche
 
 def _statistics(name: str, cases: Sequence[CaseFingerprint]) -> ClassStatistics:
     present = [case for case in cases if case.class_voxels[name] > 0]
-    volumes = [case.class_voxels[name] * _voxel_volume(case) for case in present]
+    volumes = [case.class_voxels[name] * voxel_volume(case) for case in present]
     one = sum(case.components[name][1] >= ONE_COMPONENT_SHARE for case in present)
     fits = [fit for fit in (case.ellipticity[name] for case in present) if fit is not None]
     is_single = len(present) >= MIN_CASES and one >= ONE_COMPONENT_CASES * len(present)
@@ -114,7 +114,7 @@ def _statistics(name: str, cases: Sequence[CaseFingerprint]) -> ClassStatistics:
     )
 
 
-def _voxel_volume(case: CaseFingerprint) -> float:
+def voxel_volume(case: CaseFingerprint) -> float:
     """In mm³; the pixel's area in mm² where there is one slice."""
     spacing = case.spacing_zyx_mm
     return math.prod(spacing[1:] if case.shape_zyx[0] == 1 else spacing)

@@ -108,6 +108,8 @@ class StreamBatch:
     """From the requested store: like `targets`."""
     pseudo_confidences: tuple[Tensor, ...] | None = None
     """From the requested store: float32 [B, 1, *S] in 0..1."""
+    pseudo_weights: Tensor | None = None
+    """From the requested store: float32 [B], what a patch of this case counts."""
     signed_distances: Tensor | None = None
     """Float32 [B, F, *S] in -1..1 of the first view, where the method's `needs` ask for them."""
     attributes: tuple[Mapping[str, str], ...] = ()
@@ -211,12 +213,38 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True)
-class Refresh:
-    """At a fraction of the run the loop predicts all unlabeled cases with a part, into the named store."""
+class PseudoLabelRules:
+    """Which pseudo-labels of a refresh are used. Without rules all of them are, with their plain confidence."""
 
-    at: float
+    kept_share: float
+    """Share of the voxels predicted as a class, over all unlabeled cases, that keep their label."""
+    smallest_threshold: float = 0.5
+    """No confidence below this is kept, whatever the share asks for."""
+    reliable_share: float = 1.0
+    """Share of the cases that is used, the most stable ones."""
+    plausibility: bool = True
+    """Largest components of single-component classes only; cases with missing classes or odd volumes are rejected."""
+    voxel_filter: Literal["ignore", "weight"] = "ignore"
+    """ignore: confidence 0 below the threshold of the class; weight: no threshold, the confidence is a soft weight."""
+    stop_agreement: float | None = None
+    """The run ends at the refresh where its pseudo-labels agree better than this (mean Dice) with those of the refresh
+    before, or where no case can be used. None: it never ends before its last step."""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """At a fraction of the run the loop predicts all unlabeled cases with a part, into the named store.
+
+    Refreshes at the first step of a phase come before it is entered: they see the weights that the phase before left.
+    """
+
+    at: float | None
+    """Fraction of the run; None: when the phase begins."""
     part: str
     store: str
+    stability_parts: tuple[str, ...] = ()
+    """With rules: a case is stable where these parts predict the same; none: where mirroring changes nothing."""
+    rules: PseudoLabelRules | None = None
 
 
 @dataclass(frozen=True)
@@ -335,6 +363,11 @@ class SemiSupervisedTrainer:
         self.job = job
         self.settings = settings
         self.parts = self.build()
+
+    @classmethod
+    def total_steps(cls, steps: int, settings: MethodSettings) -> int:
+        """Steps of the whole run where `steps` were asked for or planned; more only where a setting asks for it."""
+        return steps
 
     def build(self) -> Parts:
         """Networks, followers and memory, on the CPU; the loop moves them."""

@@ -65,13 +65,17 @@ class LabeledCase:
 
 @dataclass(frozen=True)
 class UnlabeledCase:
-    """Files of a preprocessed case without label; `stores` maps a store's name to (label map, confidence)."""
+    """Files of a preprocessed case without label; `stores` maps a store's name to (label map, confidence).
+
+    A store that does not use the case has no entry; `store_weights` says what its patches count, if not 1.
+    """
 
     id: str
     image: Path
     nonzero: Path | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
     stores: Mapping[str, tuple[Path, Path]] = field(default_factory=dict)
+    store_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Streams:
 
     labeled: tuple[LabeledCase, ...]
     unlabeled: tuple[UnlabeledCase, ...] = ()
+    filled: frozenset[str] = frozenset()
+    """Pseudo-label stores that were made, though they may use no case at all."""
 
 
 @dataclass
@@ -143,12 +149,17 @@ class BatchMaker:
             )
         with _single_thread():
             labeled = self._stream("labeled", self.streams.labeled, step, request.labeled)
-            unlabeled = None
-            if request.unlabeled.count and self.streams.unlabeled:
-                unlabeled = self._stream("unlabeled", self.streams.unlabeled, step, request.unlabeled)
+            unlabeled, pool = None, self._pool(request.unlabeled.store)
+            if request.unlabeled.count and pool:
+                unlabeled = self._stream("unlabeled", pool, step, request.unlabeled)
         return Batch(labeled, unlabeled)
 
     # ------------------------------------------------------------------------------------------------- one stream
+
+    def _pool(self, store: str | None) -> Sequence[UnlabeledCase]:
+        """The unlabeled cases; those that the store uses, where one is asked for and was made."""
+        used = [case for case in self.streams.unlabeled if store in case.stores]
+        return used if used or store in self.streams.filled else self.streams.unlabeled
 
     def _stream(
         self, name: str, cases: Sequence[LabeledCase | UnlabeledCase], step: int, request: StreamRequest
@@ -198,8 +209,8 @@ class BatchMaker:
         voxel = None
         if isinstance(case, UnlabeledCase):
             if forced:
-                label, _ = _store_of(case, request.store)
-                voxel = choose_voxel(rng, self._reader.locations_in_map(label, self.schema))
+                label, confidence = _store_of(case, request.store)
+                voxel = choose_voxel(rng, self._reader.locations_in_map(label, confidence, self.schema))
         elif forced or self.schema.ignore_label is not None:
             locations = self._reader.locations(case.locations)
             wanted: Locations = {name: found for name, found in locations.items() if (name != ANNOTATED) == forced}
@@ -277,8 +288,10 @@ class BatchMaker:
         maps = confidences = None
         if is_labeled or request.store is not None:
             maps = stacked([s.targets for s in samples], self._targets.none(patch), geometries)
+        weights = None
         if request.store is not None:
             confidences = stacked([s.confidences for s in samples], no_maps, geometries)
+            weights = torch.tensor([_weight_of(s.case, request.store) for s in samples], dtype=torch.float32)
         return StreamBatch(
             views=stacked([s.views for s in samples], torch.empty((0, channels, *patch)), request.views),
             valids=stacked([s.valids for s in samples], no_maps.bool(), geometries),
@@ -287,6 +300,7 @@ class BatchMaker:
             targets=maps if is_labeled else None,
             pseudo_labels=None if is_labeled else maps,
             pseudo_confidences=confidences,
+            pseudo_weights=weights,
             signed_distances=self._distances(maps[0]) if is_labeled and maps and self.signed_distance else None,
             attributes=tuple(s.case.attributes for s in samples),
             has_channel=torch.ones((len(samples), channels), dtype=torch.bool),
@@ -339,6 +353,10 @@ def _store_of(case: UnlabeledCase, store: str | None) -> tuple[Path, Path]:
             )
         )
     return case.stores[str(store)]
+
+
+def _weight_of(case: LabeledCase | UnlabeledCase, store: str) -> float:
+    return case.store_weights.get(store, 1.0) if isinstance(case, UnlabeledCase) else 1.0
 
 
 def _inside(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> Tensor:

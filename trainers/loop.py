@@ -92,7 +92,8 @@ class TrainingLoop:
         source: gives the batches.
         folder: the fold's folder, for checkpoints and log.
         options: device, lengths and intervals.
-        refresh: predicts the unlabeled pool with a trained part into a store; needed by methods that declare it.
+        refresh: predicts the unlabeled pool with a trained part into a store; needed by methods that declare it. True
+            ends the run there, with the weights as they are.
         on_progress: called after each step with (steps done, total, latest losses).
         should_stop: asked after each step; True saves and raises `TrainingInterrupted`.
     """
@@ -104,7 +105,7 @@ class TrainingLoop:
         folder: Path,
         options: LoopOptions,
         *,
-        refresh: Callable[[Refresh, int], None] | None = None,
+        refresh: Callable[[Refresh, int], bool | None] | None = None,
         on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
@@ -143,7 +144,8 @@ class TrainingLoop:
         log = TrainingLog(self.folder, self.step)
         try:
             while self.step < self.options.total_steps:
-                self._enter_phase_and_refresh()
+                if self._refresh_and_enter_phase():
+                    break
                 self._run_until(self.timetable.next_border(self.step), log)
             self._finish()
         finally:
@@ -193,7 +195,19 @@ class TrainingLoop:
             drawn += request.unlabeled.count
             yield at, request
 
-    def _enter_phase_and_refresh(self) -> None:
+    def _refresh_and_enter_phase(self) -> bool:
+        """What is due before the step. True: a refresh ends the run; then no phase is entered any more."""
+        for at, refresh in self.timetable.refreshes[self._refreshes_done :]:
+            if at > self.step:
+                break
+            if self._refresh is not None:
+                # Predicting takes long: a killed refresh goes on from these very weights.
+                write_checkpoint(self.folder / "checkpoint_latest.pth", self.state())
+                if self._refresh(refresh, at):
+                    logger.warning("the run ends after step %d of %d", self.step, self.options.total_steps)
+                    return True
+                self.source.reload_store(refresh.store, at)
+            self._refreshes_done += 1
         index = self.timetable.index_at(self.step)
         if index != self._entered:
             phase = self.timetable.spans[index].phase
@@ -201,13 +215,7 @@ class TrainingLoop:
             self._optimizers = group_optimizers(self.method.parts, phase, self._optimizers)
             self.method.on_phase(phase, self.timetable.progress(self.step))
             self._entered = index
-        for at, refresh in self.timetable.refreshes[self._refreshes_done :]:
-            if at > self.step:
-                break
-            if self._refresh is not None:
-                self._refresh(refresh, at)
-                self.source.reload_store(refresh.store, at)
-            self._refreshes_done += 1
+        return False
 
     def _reinitialize(self, phase: Phase) -> None:
         if not phase.reinitialize:

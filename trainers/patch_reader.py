@@ -71,11 +71,14 @@ class CaseReader:
         self._renew_after_fork()
         return _explained(path, lambda: self._load_locations(path))
 
-    def locations_in_map(self, path: Path, schema: LabelSchema) -> Locations:
-        """Voxel coordinates per foreground class of a stored label map (a pseudo-label); reads all of it once."""
+    def locations_in_map(self, path: Path, confidence: Path, schema: LabelSchema) -> Locations:
+        """Voxel coordinates per foreground class of a stored pseudo-label, where its confidence is above 0.
+
+        Reads all of both maps once.
+        """
         self._renew_after_fork()
         names = tuple((name, tuple(values)) for name, values in schema.foreground.items())
-        return _explained(path, lambda: self._scan(path, names))
+        return _explained(path, lambda: self._scan(path, confidence, names))
 
     def _opened(self, path: Path) -> Any:
         self._renew_after_fork()
@@ -92,11 +95,11 @@ class CaseReader:
         self._scan = lru_cache(self.max_open)(_scan_map)
 
 
-def _scan_map(path: Path, names: tuple[tuple[str, tuple[int, ...]], ...]) -> Locations:
-    label_map = open_array(path)[:]
+def _scan_map(path: Path, confidence: Path, names: tuple[tuple[str, tuple[int, ...]], ...]) -> Locations:
+    label_map, kept = open_array(path)[:], open_array(confidence)[:] > 0
     found = {}
     for name, values in names:
-        voxels = np.argwhere(np.isin(label_map, values))
+        voxels = np.argwhere(np.isin(label_map, values) & kept)
         if len(voxels) > MAX_LOCATIONS:
             voxels = np.random.default_rng(0).choice(voxels, MAX_LOCATIONS, replace=False)
         found[name] = voxels.astype(np.int32)

@@ -37,7 +37,11 @@ class Timetable:
         for span in self.spans:
             if span.end <= span.start:
                 raise ValueError(f"phase '{span.phase.name}' gets no step of {total}: train for more steps")
-        refreshes = [(round(refresh.at * total), refresh) for span in self.spans for refresh in span.phase.refreshes]
+        refreshes = [
+            (span.start if refresh.at is None else round(refresh.at * total), refresh)
+            for span in self.spans
+            for refresh in span.phase.refreshes
+        ]
         self.refreshes: list[tuple[int, Refresh]] = sorted(refreshes, key=lambda entry: entry[0])
 
     def index_at(self, step: int) -> int:

@@ -1,9 +1,12 @@
-"""The pseudo-label store: label maps and confidences of the unlabeled cases, whole rounds at a time, on disk."""
+"""The pseudo-label store: label maps and confidences of the unlabeled cases, whole versions at a time, on disk."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,32 +14,44 @@ import torch
 from torch import Tensor
 
 from autossl.data.files import read_json, write_json
-from autossl.data.store import write_array
+from autossl.data.labels import LabelSchema
+from autossl.data.store import open_array, write_array
 from autossl.networks.prediction import Activation, probabilities_of
 
 
-def label_and_confidence(
-    logits: Tensor, activation: Activation, written_values: tuple[int, ...]
+def label_and_confidences(
+    logits: Tensor, activation: Activation, schema: LabelSchema
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Label map and confidence [z, y, x], both uint8, from logits [K, z, y, x].
+    """Label map [z, y, x] and confidences [K, z, y, x], both uint8, from logits [C, z, y, x].
 
-    Softmax: argmax and the largest probability. Regions: written in their order; confidence is the smallest over
-    regions of max(p, 1 - p). Confidence is probability × 255, rounded.
+    Softmax: argmax and the largest probability (K = 1). Regions: written in their order; per region (K = C) the
+    probability of what the label map says of it. Confidence is probability × 255, rounded.
     """
     p = probabilities_of(logits, activation, dim=0)
+    values = torch.tensor(schema.written_values, dtype=torch.uint8, device=p.device)
     if activation == "sigmoid":
-        label = torch.zeros(p.shape[1:], dtype=torch.uint8)
-        for value, region in zip(written_values, p, strict=True):
+        label = torch.zeros(p.shape[1:], dtype=torch.uint8, device=p.device)
+        for value, region in zip(values, p, strict=True):
             label[region > 0.5] = value
-        confidence = torch.maximum(p, 1 - p).amin(0)
+        confidences = 1 - p
+        for index, members in enumerate(schema.foreground.values()):
+            inside = torch.isin(label, torch.tensor(members, dtype=torch.uint8, device=p.device))
+            confidences[index] = torch.where(inside, p[index], confidences[index])
     else:
-        confidence, winner = p.max(0)
-        label = torch.tensor(written_values, dtype=torch.uint8)[winner]
-    return label.numpy(), (confidence * 255).round().to(torch.uint8).numpy()
+        highest, winner = p.max(0)
+        label, confidences = values[winner], highest[None]
+    return label.cpu().numpy(), (confidences * 255).round().to(torch.uint8).cpu().numpy()
 
 
 class PseudoLabelStore:
-    """`<folder>/step_<n>/<case>_{label,confidence}.b2nd`; `step_<n>/complete.json` is written last and makes it valid.
+    """Versions of the pseudo-labels of a fold, `<folder>/step_<n>/`, one for each refresh.
+
+    `origin.json`                              what the version was made from; written first
+    `<case>_{label,confidence}.b2nd`           uint8 [z, y, x]; confidence × 255, 0: not to be used
+    `<case>_all_confidences.b2nd`              uint8 [K, z, y, x], until the version is complete
+    `cases/<case>.json`                        what is known of a case; written last of its files
+    `report.json`                              what was decided, for people
+    `complete.json`                            which cases may be used; written last and makes the version valid
 
     Args:
         folder: of this store, inside the fold's folder.
@@ -45,30 +60,105 @@ class PseudoLabelStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def version(self, step: int) -> Path:
+        """Folder of the version that was made at `step`."""
+        return self.folder / f"step_{step}"
+
     def paths(self, step: int, case: str) -> tuple[Path, Path]:
         """Label map and confidence of a case in the version that was made at `step`."""
-        version = self.folder / f"step_{step}"
-        return version / f"{case}_label.b2nd", version / f"{case}_confidence.b2nd"
+        return self.version(step) / f"{case}_label.b2nd", self.version(step) / f"{case}_confidence.b2nd"
 
-    def begin(self, step: int) -> None:
-        """Starts a version; what a killed run left of it is removed."""
-        shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
-        (self.folder / f"step_{step}").mkdir(parents=True)
+    # -------------------------------------------------------------------------------------------------------- writing
 
-    def write(self, step: int, case: str, label: npt.NDArray[np.uint8], confidence: npt.NDArray[np.uint8]) -> None:
-        """Writes one case of a version that was begun."""
-        label_path, confidence_path = self.paths(step, case)
-        write_array(label_path, label)
-        write_array(confidence_path, confidence)
+    def begin(self, step: int, origin: Mapping[str, Any] | None = None) -> None:
+        """Starts a version, or goes on with one that was begun from the same origin; any other is removed.
 
-    def complete(self, step: int, cases: list[str]) -> None:
-        """Declares the version whole and removes older ones."""
-        write_json(self.folder / f"step_{step}" / "complete.json", {"step": step, "cases": cases})
-        for other in self.folder.glob("step_*"):
-            if int(other.name.removeprefix("step_")) < step:
-                shutil.rmtree(other)
+        Args:
+            step: of the refresh.
+            origin: plain values that decide what is written.
+        """
+        path = self.version(step) / "origin.json"
+        wanted = json.loads(json.dumps(origin or {}))
+        if path.is_file() and read_json(path) == wanted:
+            return
+        shutil.rmtree(self.version(step), ignore_errors=True)
+        write_json(path, wanted)
+
+    def write_case(
+        self, step: int, case: str, label: npt.NDArray[np.uint8], confidences: npt.NDArray[np.uint8] | None, facts: Any
+    ) -> None:
+        """Writes what was predicted of one case of a version that was begun: confidences [K, z, y, x] to decide on."""
+        write_array(self.paths(step, case)[0], label)
+        if confidences is not None:
+            write_array(self._all_confidences(step, case), confidences)
+        write_json(self._facts(step, case), facts)
+
+    def write_confidence(self, step: int, case: str, confidence: npt.NDArray[np.uint8]) -> None:
+        """Writes the confidence [z, y, x] that batches come with."""
+        write_array(self.paths(step, case)[1], confidence)
+
+    def complete(self, step: int, used: Mapping[str, float], ends_run: bool = False, keep_older: bool = False) -> None:
+        """Declares the version whole.
+
+        Args:
+            step: of the refresh.
+            used: case → what a patch of it counts; cases that are not in it are not used.
+            ends_run: what the refresh decided.
+            keep_older: False: older versions are removed.
+        """
+        content = {"step": step, "cases": list(used), "weights": dict(used), "ends_run": ends_run}
+        write_json(self.version(step) / "complete.json", content)
+        for path in self.version(step).glob("*_all_confidences.b2nd"):
+            path.unlink()
+        for other in self._steps() if not keep_older else ():
+            if other < step:
+                shutil.rmtree(self.version(other))
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def is_complete(self, step: int) -> bool:
+        """Whether the version is whole."""
+        return (self.version(step) / "complete.json").is_file()
+
+    def has(self, step: int, case: str) -> bool:
+        """Whether `write_case` has finished the case."""
+        return self._facts(step, case).is_file()
+
+    def facts(self, step: int, case: str) -> Any:
+        """What `write_case` was given."""
+        return read_json(self._facts(step, case))
+
+    def predicted(self, step: int, case: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Label map and all confidences, as `write_case` got them, while the version is not complete."""
+        label, confidences = self.paths(step, case)[0], self._all_confidences(step, case)
+        return open_array(label)[:], open_array(confidences)[:]
+
+    def label(self, step: int, case: str) -> npt.NDArray[np.uint8]:
+        """Label map of a case, used or not."""
+        found: npt.NDArray[np.uint8] = open_array(self.paths(step, case)[0])[:]
+        return found
 
     def cases(self, step: int) -> list[str]:
-        """Cases of a whole version; raises `InvalidInput` where it is missing or was not completed."""
-        content = read_json(self.folder / f"step_{step}" / "complete.json")
-        return list(content["cases"])
+        """Cases of a whole version that are used; raises `InvalidInput` where it is missing or was not completed."""
+        return list(self.weights(step))
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The same cases, with what a patch of each counts."""
+        return dict(read_json(self.version(step) / "complete.json")["weights"])
+
+    def ends_run(self, step: int) -> bool:
+        """Whether the run ends with this version."""
+        return bool(read_json(self.version(step) / "complete.json")["ends_run"])
+
+    def previous(self, step: int) -> int | None:
+        """Step of the last whole version before this one."""
+        return max((other for other in self._steps() if other < step and self.is_complete(other)), default=None)
+
+    def _steps(self) -> Sequence[int]:
+        return [int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")]
+
+    def _facts(self, step: int, case: str) -> Path:
+        return self.version(step) / "cases" / f"{case}.json"
+
+    def _all_confidences(self, step: int, case: str) -> Path:
+        return self.version(step) / f"{case}_all_confidences.b2nd"

@@ -9,7 +9,7 @@ from pathlib import Path
 from autossl.data.labels import LabelSchema
 from autossl.planners.plans import ConfigurationPlan
 from autossl.trainers.base import BatchRequest
-from autossl.trainers.batches import BatchIterator, BatchMaker, Streams, batch_iterator
+from autossl.trainers.batches import BatchIterator, BatchMaker, Streams, UnlabeledCase, batch_iterator
 from autossl.trainers.pseudo_labels import PseudoLabelStore
 
 
@@ -35,11 +35,16 @@ class FoldSource:
         return batch_iterator(maker, steps, self.num_workers, self.pin_memory)
 
     def reload_store(self, store: str, step: int) -> None:
-        """From now on patches of the cases in the store come with the version that was made at `step`."""
+        """From now on patches of the cases that the version of `step` uses come with it; it offers no others."""
         versions = PseudoLabelStore(self.store_folder / store)
-        stored = set(versions.cases(step))
-        unlabeled = tuple(
-            replace(case, stores={**case.stores, store: versions.paths(step, case.id)}) if case.id in stored else case
-            for case in self.streams.unlabeled
-        )
-        self.streams = replace(self.streams, unlabeled=unlabeled)
+        weights = versions.weights(step)
+
+        def renewed(case: UnlabeledCase) -> UnlabeledCase:
+            stores = {name: paths for name, paths in case.stores.items() if name != store}
+            if case.id not in weights:  # a version of before may have used it
+                return replace(case, stores=stores)
+            stores[store] = versions.paths(step, case.id)
+            return replace(case, stores=stores, store_weights={**case.store_weights, store: weights[case.id]})
+
+        unlabeled = tuple(renewed(case) for case in self.streams.unlabeled)
+        self.streams = replace(self.streams, unlabeled=unlabeled, filled=self.streams.filled | {store})

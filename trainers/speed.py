@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from autossl.data.problems import InvalidInput, Problem
-from autossl.trainers.base import SemiSupervisedTrainer
+from autossl.trainers.base import Refresh, SemiSupervisedTrainer
 from autossl.trainers.loop import BatchSource, LoopOptions, TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,13 @@ TRAINING_SHARE = 0.93
 """Of the time given; the rest is for checkpoints and the final prediction of the validation cases."""
 
 
-def seconds_per_step(method: SemiSupervisedTrainer, source: BatchSource, options: LoopOptions) -> float:
-    """Mean time of a step, on a method that is thrown away afterwards."""
+def seconds_per_step(
+    method: SemiSupervisedTrainer,
+    source: BatchSource,
+    options: LoopOptions,
+    refresh: Callable[[Refresh, int], bool | None],
+) -> float:
+    """Mean time of a step, on a method that is thrown away afterwards; `refresh` fills the stores that it asks for."""
     times: list[float] = []
     trial = replace(options, total_steps=TRIAL_STEPS, log_every=TRIAL_STEPS, checkpoint_every=TRIAL_STEPS)
     with TemporaryDirectory() as folder:
@@ -32,7 +37,7 @@ def seconds_per_step(method: SemiSupervisedTrainer, source: BatchSource, options
             source,
             Path(folder),
             trial,
-            refresh=lambda refresh, step: None,
+            refresh=refresh,
             on_progress=lambda step, total, losses: times.append(time.perf_counter()),
         )
         loop.run()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
 from autossl.trainers.initial_weights import load_initial_weights
 from autossl.trainers.loop import LoopOptions, TrainingLoop
-from autossl.trainers.refresh import PoolPredictor
+from autossl.trainers.refresh import PoolPredictor, blank_pseudo_labels
 from autossl.trainers.setup import RunSetup, TrainRequest, provide_cases, resolve
 from autossl.trainers.source import FoldSource
 from autossl.trainers.speed import seconds_per_step, steps_for_hours
@@ -190,18 +191,23 @@ def _source(setup: RunSetup, fold: str, folder: Path) -> FoldSource:
 
 
 def _total_steps(setup: RunSetup) -> int:
-    """As asked; by measured speed with --hours (a run that exists keeps its own number); else the plan's."""
+    """As asked; by measured speed with --hours (a run that exists keeps its own number); else the plan's.
+
+    The method may make more of it, but not of the hours: those are for everything.
+    """
     request = setup.request
-    if request.steps is not None:
-        return request.steps
     if request.hours is None:
-        return setup.plans.semi_supervised.total_steps
+        asked = setup.plans.semi_supervised.total_steps if request.steps is None else request.steps
+        return setup.method.total_steps(asked, setup.settings)
     started = setup.folder(setup.spec(1)) / "run.json"
     if request.resume and started.is_file():
         return read_run(started.parent).total_steps
     fold = next(iter(setup.folds))
     method = setup.method(setup.job(fold, 1000), setup.settings)
-    seconds = seconds_per_step(method, _source(setup, fold, Path()), loop_options(setup, fold, 1000))
+    with TemporaryDirectory() as scratch:
+        source = _source(setup, fold, Path(scratch))
+        blank = blank_pseudo_labels(source)
+        seconds = seconds_per_step(method, source, loop_options(setup, fold, 1000), blank)
     return steps_for_hours(request.hours, seconds, len(setup.folds))
 
 

@@ -221,7 +221,7 @@ def test_reinitialize_gives_fresh_weights_at_the_border(tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted):
         loop.run()
     trained = weights_of(loop)
-    loop._enter_phase_and_refresh()
+    loop._refresh_and_enter_phase()
     fresh = weights_of(loop)
     weight = next(name for name in fresh if name.endswith("conv.weight"))
     assert not torch.equal(fresh[weight], trained[weight])
