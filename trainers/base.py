@@ -358,6 +358,11 @@ class SemiSupervisedTrainer:
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     reduces_to_supervised: ClassVar[bool] = False
     """True: without unlabeled cases the run is bit for bit that of `supervised`."""
+    unsupervised_weights: ClassVar[tuple[str, ...]] = ()
+    """Settings that weigh what a step adds to its supervised loss: with all of them 0 nothing of it is left."""
+    changes_supervised: ClassVar[bool] = False
+    """True: the supervised terms are not those of `supervised` (mixed images, further decoders), so that weights of 0
+    do not give the twin. False: with the weights 0, and `reduces_to_supervised`, a step is the twin's bit for bit."""
 
     def __init__(self, job: Job, settings: MethodSettings) -> None:
         self.job = job
