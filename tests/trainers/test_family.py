@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from autossl.trainers.base import SemiSupervisedTrainer
+from autossl.trainers.registry import METHODS
 from family import (
     KINDS,
     NAMES,
@@ -20,10 +24,6 @@ from family import (
     trained_parameters,
     without_effect,
 )
-from torch import nn
-
-from autossl.trainers.base import SemiSupervisedTrainer
-from autossl.trainers.registry import METHODS
 
 CONDITIONS = {
     "one patch of each": Condition(counts=(1, 1)),

@@ -8,6 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from autossl.inference.predictor import Predictor, Window
+from autossl.trainers.base import Batch, MethodSettings, Progress, SemiSupervisedTrainer, StepOutput
+from autossl.trainers.methods.supervised import Supervised
+from autossl.trainers.registry import METHODS
 from family import (
     NAMES,
     Condition,
@@ -21,12 +27,6 @@ from family import (
     weights_of,
     zeroed,
 )
-from torch import nn
-
-from autossl.inference.predictor import Predictor, Window
-from autossl.trainers.base import Batch, MethodSettings, Progress, SemiSupervisedTrainer, StepOutput
-from autossl.trainers.methods.supervised import Supervised
-from autossl.trainers.registry import METHODS
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import NAMES, make
 
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
@@ -21,6 +20,7 @@ from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers.registry import METHODS
 from autossl.trainers.setup import RunSetup, resolve
 from autossl.trainers.train import TrainRequest, train
+from family import NAMES, make
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(10, 40, 40))
 PLANTED = b"planted: nothing in training may open this file"

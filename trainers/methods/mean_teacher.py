@@ -60,6 +60,7 @@ class MeanTeacher(SemiSupervisedTrainer):
     needs = Needs(teacher=True)
     Settings = MeanTeacherSettings
     reduces_to_supervised = True
+    unsupervised_weights = ("lambda_max",)
     settings: MeanTeacherSettings
 
     def build(self) -> Parts:
