@@ -295,6 +295,8 @@ class Needs:
     modalities: int = 1
     meta_labels: bool = False
     signed_distance: bool = False
+    levels: int = 1
+    """Resolutions of deep supervision that the plan's network must have."""
     softmax_only: bool = False
     dims: tuple[int, ...] = (2, 3)
 

@@ -16,6 +16,7 @@ NEEDS_IN_WORDS = {
     "modalities": "image channels as separate modalities",
     "meta_labels": "attributes in cases.csv",
     "signed_distance": "signed distance maps of the labels",
+    "levels": "or more levels of deep supervision",
     "softmax_only": "exclusive labels (no regions)",
 }
 

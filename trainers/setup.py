@@ -350,6 +350,15 @@ def _check_needs(setup: RunSetup) -> None:
                 "choose another method",
             )
         )
+    levels = len(plan.architecture.cumulative_strides) - 1
+    if needs.levels > levels:
+        problems.append(
+            Problem(
+                f"the plan's network has {levels} level(s) of deep supervision",
+                f"at least {needs.levels}, which {name} needs",
+                "choose another method, or a plan with a larger patch",
+            )
+        )
     for fold, cases in setup.folds.items():
         if not cases.labeled:
             problems.append(
