@@ -9,12 +9,20 @@ from pydantic import ValidationError
 
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.trainers.base import MethodSettings, SemiSupervisedTrainer
+from autossl.trainers.methods.dtc import DualTaskConsistency
+from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
 from autossl.trainers.methods.supervised import Supervised
+from autossl.trainers.methods.uamt import UncertaintyAwareMeanTeacher
+from autossl.trainers.methods.urpc import PyramidConsistency
 
 METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "supervised": Supervised,
     "mean_teacher": MeanTeacher,
+    "uamt": UncertaintyAwareMeanTeacher,
+    "urpc": PyramidConsistency,
+    "dtc": DualTaskConsistency,
+    "mcnet": MutualConsistency,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
