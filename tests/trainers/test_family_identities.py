@@ -221,9 +221,7 @@ def test_what_is_deployed_predicts_from_the_saved_weights(name: str, regions: bo
     plan, schema = method.job.configuration, method.job.schema
     image = np.random.default_rng(0).normal(size=(plan.n_channels, *(1, *plan.patch_size)[-3:])).astype(np.float32)
     for spec in (method.prediction(), *method.alternative_predictions().values()):
-        members = [networks[member.name] for member in spec.members]
-        weights = [dict(zip([member.name for member in spec.members], members, strict=True))]
-        predictor = Predictor.from_state_dicts(spec, weights, plan, schema, Window.of(plan, mirror=False), "cpu")
+        predictor = Predictor.from_state_dicts(spec, [networks], plan, schema, Window.of(plan, mirror=False), "cpu")
         logits = predictor.logits(image)
         assert logits.shape == (schema.n_outputs, *image.shape[1:])
         assert bool(torch.isfinite(logits).all())
