@@ -70,6 +70,8 @@ class RunSpec(BaseModel):
     """Fold ("0", …, "all") → its cases at the time it was started."""
     fold_facts: dict[str, dict[str, Any]] = {}
     """Fold → what was measured of its labeled cases and decided from it, with the why. Not compared."""
+    memory: dict[str, Any] = {}
+    """What the method's memory asked for, with the why. Not compared; the batch size that it decided is."""
     threads: int | None = None
     device: str | None = None
     versions: dict[str, str] = {}
