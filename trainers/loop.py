@@ -18,7 +18,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from autossl.trainers.base import Batch, BatchRequest, Phase, Progress, Refresh, SemiSupervisedTrainer, derive_seed
+from autossl.trainers.base import (
+    Batch,
+    BatchRequest,
+    Parts,
+    Phase,
+    Progress,
+    Refresh,
+    SemiSupervisedTrainer,
+    derive_seed,
+)
 from autossl.trainers.checkpoints import load_parts_state, parts_state, write_checkpoint
 from autossl.trainers.gradient_share import gradient_shares, measuring_interval
 from autossl.trainers.optimization import (
@@ -381,17 +390,22 @@ class TrainingLoop:
         return self.options.device.startswith("cuda")
 
     def _place(self) -> None:
-        parts = self.method.parts
-        for name, module in parts.trained.items():
-            module.to(self.options.device).train()
+        place_parts(self.method.parts, self.options.device)
+        for name, module in self.method.parts.trained.items():
             if self.options.compile:
                 logger.info("compiling %s", name)
                 module.compile()
-        for module in parts.followers.values():
-            module.to(self.options.device).eval()
-        for name, value in parts.memory.items():
-            if isinstance(value, Tensor | torch.nn.Module):
-                parts.memory[name] = value.to(self.options.device)
+
+
+def place_parts(parts: Parts, device: str) -> None:
+    """Moves everything to the device; trained parts are in training mode, followers in evaluation mode."""
+    for module in parts.trained.values():
+        module.to(device).train()
+    for module in parts.followers.values():
+        module.to(device).eval()
+    for name, value in parts.memory.items():
+        if isinstance(value, Tensor | torch.nn.Module):
+            parts.memory[name] = value.to(device)
 
 
 def _floats(values: dict[str, Any]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from autossl.planners.semi_supervised import ema_decay_max
 from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
 from autossl.trainers.components.losses import SupervisedLoss
+from autossl.trainers.memory_plan import MemoryPlan
 from autossl.trainers.registry import make_settings, method_class
 from autossl.version import __version__
 
@@ -79,6 +80,13 @@ class RunSetup:
     settings: MethodSettings
     folds: dict[str, Fold]
     device: str
+    memory: MemoryPlan | None = None
+    """What the method's memory asks for; None: not decided yet."""
+
+    @property
+    def unlabeled_batch_size(self) -> int:
+        """The plan's, or less where the device is too small for the method."""
+        return self.memory.unlabeled_batch_size if self.memory else self.configuration.unlabeled_batch_size
 
     @property
     def configuration(self) -> ConfigurationPlan:
@@ -127,7 +135,7 @@ class RunSetup:
             total_steps=total_steps,
             seed=self.request.seed,
             labeled_batch_size=plan.labeled_batch_size,
-            unlabeled_batch_size=plan.unlabeled_batch_size,
+            unlabeled_batch_size=self.unlabeled_batch_size,
             ema_decay_max=ema_decay_max(total_steps),
             warm_up_fraction=semi.warm_up_fraction,
             channel_std=channel_stds(self.plans, plan),
@@ -189,9 +197,10 @@ class RunSetup:
             changed_settings=changed,
             total_steps=total_steps,
             labeled_batch_size=plan.labeled_batch_size,
-            unlabeled_batch_size=plan.unlabeled_batch_size,
+            unlabeled_batch_size=self.unlabeled_batch_size,
             initial_weights=file_hash(initial) if initial is not None else None,
             folds=self.folds,
+            memory=self.memory.to_json() if self.memory else {},
             fold_facts={fold: self.statistics(fold).model_dump(mode="json") for fold in self.folds},
             threads=torch.get_num_threads(),
             device=self.device,
