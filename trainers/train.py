@@ -23,6 +23,7 @@ from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
 from autossl.trainers.initial_weights import load_initial_weights
 from autossl.trainers.loop import LoopOptions, TrainingLoop
+from autossl.trainers.memory_trial import fit_to_memory
 from autossl.trainers.refresh import PoolPredictor, blank_pseudo_labels
 from autossl.trainers.setup import RunSetup, TrainRequest, provide_cases, resolve
 from autossl.trainers.source import FoldSource
@@ -84,6 +85,7 @@ def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult
     setup = resolve(request)
     share_cores(setup.device, _workers(setup))
     provide_cases(setup, hooks.on_preprocess)
+    setup = fit_to_memory(setup)
     steps = _total_steps(setup)
     asked = setup.spec(steps)
     folder = setup.folder(asked)
