@@ -12,6 +12,7 @@ from autossl.trainers.base import MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.methods.dtc import DualTaskConsistency
 from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
+from autossl.trainers.methods.self_training import SelfTraining
 from autossl.trainers.methods.supervised import Supervised
 from autossl.trainers.methods.uamt import UncertaintyAwareMeanTeacher
 from autossl.trainers.methods.urpc import PyramidConsistency
@@ -23,6 +24,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "urpc": PyramidConsistency,
     "dtc": DualTaskConsistency,
     "mcnet": MutualConsistency,
+    "self_training": SelfTraining,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
