@@ -28,9 +28,11 @@ from autossl.trainers.base import (
 from autossl.trainers.components.geometry import signed_distance
 from autossl.trainers.loop import SUPERVISED, LoopOptions, TrainingLoop
 from autossl.trainers.phases import Timetable
-from autossl.trainers.registry import METHODS
+from autossl.trainers.registry import all_methods
 from toys import toy_architecture, toy_configuration, toy_job, toy_schema, toy_stream
 
+METHODS = all_methods()
+"""Ours, and those of installed packages."""
 NAMES = tuple(METHODS)
 SEED = 7
 FEATURES = (4, 8, 8, 8)

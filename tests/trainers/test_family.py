@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from autossl.trainers.base import SemiSupervisedTrainer
-from autossl.trainers.registry import METHODS
 from family import (
     KINDS,
+    METHODS,
     NAMES,
     Condition,
     beyond_supervised,

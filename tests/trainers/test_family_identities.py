@@ -13,8 +13,8 @@ from torch import nn
 from autossl.inference.predictor import Predictor, Window
 from autossl.trainers.base import Batch, MethodSettings, Progress, SemiSupervisedTrainer, StepOutput
 from autossl.trainers.methods.supervised import Supervised
-from autossl.trainers.registry import METHODS
 from family import (
+    METHODS,
     NAMES,
     Condition,
     beyond_supervised,

@@ -17,10 +17,9 @@ from autossl.data.problems import InvalidInput
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
-from autossl.trainers.registry import METHODS
 from autossl.trainers.setup import RunSetup, resolve
 from autossl.trainers.train import TrainRequest, train
-from family import NAMES, make
+from family import METHODS, NAMES, make
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(10, 40, 40))
 PLANTED = b"planted: nothing in training may open this file"
