@@ -91,21 +91,32 @@ def test_regions_take_the_mean_binary_entropy_and_ln_2() -> None:
 
 
 def test_the_quantile_follows_the_uncertainty_and_is_kept_with_the_step() -> None:
+    method = trainer(umax="quantile", noise=0.0, dropout=0.0)
+    entropies = []
+    for index, logit in ((0, 3.0), (9, 1.0)):
+        before = float(method.parts.memory["u_max"])
+        set_outputs(method.parts.followers["teacher"], (logit, 0.0, 0.0))
+        at = Progress(index, 100)
+        output = method.losses(batch_of(method), at)
+        entropies.append(float(output.measures["uncertainty"]))
+        running = entropies[0] if index == 0 else 0.9 * entropies[0] + 0.1 * entropies[1]
+        assert float(output.measures["threshold"]) == pytest.approx(threshold_share(at.fraction) * running, rel=1e-4)
+        assert float(method.parts.memory["u_max"]) == before  # no step was taken yet
+        method.after_step(at)
+        assert float(method.parts.memory["u_max"]) == pytest.approx(running, rel=1e-4)
+    assert entropies[0] < 0.7 * entropies[1]
+
+
+def test_the_quantile_leaves_out_what_is_outside_the_image() -> None:
     method = trainer(umax="quantile")
     batch = batch_of(method)
-    at = Progress(0, 100)
-    expected = method.uncertainty(batch.unlabeled.image, at).quantile(0.99, interpolation="higher")  # type: ignore[union-attr]
-    output = method.losses(batch, at)
-    assert float(output.measures["threshold"]) == pytest.approx(threshold_share(0) * float(expected), rel=1e-3)
-    assert float(method.parts.memory["u_max"]) == pytest.approx(math.log(3))  # no step was taken yet
-    method.after_step(at)
-    first = float(method.parts.memory["u_max"])
-    assert first == pytest.approx(float(expected), rel=1e-3)
-    at = Progress(1, 100)
-    second = method.uncertainty(batch.unlabeled.image, at).quantile(0.99, interpolation="higher")  # type: ignore[union-attr]
-    method.losses(batch, at)
-    method.after_step(at)
-    assert float(method.parts.memory["u_max"]) == pytest.approx((first + float(second)) / 2, rel=1e-3)
+    assert batch.unlabeled is not None
+    uncertainty = torch.arange(512.0).view(2, 1, 16, 16)
+    method.uncertainty = lambda x, at: uncertainty  # type: ignore[method-assign]
+    batch.unlabeled.valids = (uncertainty < 100,)
+    assert float(method.losses(batch, Progress(0, 100)).measures["threshold"]) == pytest.approx(
+        98 * threshold_share(0), rel=1e-5
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- the term
