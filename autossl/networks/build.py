@@ -88,6 +88,23 @@ def seeded_weights(seed: int | None) -> Iterator[None]:
         yield
 
 
+def residual_twin(architecture: Architecture) -> Architecture:
+    """A residual-encoder U-Net with the stages, strides, kernels and widths of a plain one, and about its cost.
+
+    Two convolutions become one residual block (which has two); the decoder stays. A residual one stays as it is.
+    """
+    if architecture.network_class_name == NETWORK_CLASSES["resenc"]:
+        return architecture
+    kwargs = {key: value for key, value in architecture.arch_kwargs.items() if key != "n_conv_per_stage"}
+    convolutions = architecture.arch_kwargs["n_conv_per_stage"]
+    stages = [convolutions] * kwargs["n_stages"] if isinstance(convolutions, int) else convolutions
+    kwargs["n_blocks_per_stage"] = [(count + 1) // 2 for count in stages]
+    content = architecture.model_dump(by_alias=True)
+    return Architecture.model_validate(
+        {**content, "network_class_name": NETWORK_CLASSES["resenc"], "arch_kwargs": kwargs}
+    )
+
+
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
     """Switches between the list of logits of all levels and the full resolution alone; weights stay."""
     decoder: Any = network.decoder

@@ -11,7 +11,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from autossl.data.problems import InvalidInput
-from autossl.networks.build import build_network, set_deep_supervision
+from autossl.networks.build import build_network, residual_twin, set_deep_supervision
 from autossl.planners.plans import NETWORK_CLASSES, Architecture
 
 
@@ -91,3 +91,23 @@ def test_a_module_outside_the_table_is_refused_by_name() -> None:
 def test_an_argument_that_no_network_has_is_refused() -> None:
     with pytest.raises(InvalidInput, match="surprise"):
         build_network(architecture(surprise=1), 1, 2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_residual_twin_has_the_stages_of_the_plain_network(dims: int) -> None:
+    plain = architecture(dims, anisotropic=True, n_conv_per_stage=[1, 2, 3])
+    twin = residual_twin(plain)
+    assert twin.network_class_name == NETWORK_CLASSES["resenc"]
+    assert twin.arch_kwargs["n_blocks_per_stage"] == [1, 1, 2], "two convolutions make a block"
+    same = ("n_stages", "features_per_stage", "strides", "kernel_sizes", "n_conv_per_stage_decoder")
+    assert all(twin.arch_kwargs[key] == plain.arch_kwargs[key] for key in same)
+    image = torch.rand(1, 1, *[16] * dims)
+    levels = [build_network(kind, 1, 3, seed=0)(image) for kind in (plain, twin)]
+    assert [z.shape for z in levels[0]] == [z.shape for z in levels[1]]
+    assert "n_conv_per_stage" in plain.arch_kwargs, "the plain architecture stays as it was"
+
+
+def test_residual_twin_of_one_number_for_all_stages_and_of_a_residual_network() -> None:
+    twin = residual_twin(architecture(n_conv_per_stage=2))
+    assert twin.arch_kwargs["n_blocks_per_stage"] == [1, 1, 1]
+    assert residual_twin(twin) is twin
