@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.trainers.base import MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.methods.dtc import DualTaskConsistency
+from autossl.trainers.methods.fixmatch import FixMatch
 from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
 from autossl.trainers.methods.self_training import SelfTraining
@@ -25,6 +26,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "dtc": DualTaskConsistency,
     "mcnet": MutualConsistency,
     "self_training": SelfTraining,
+    "fixmatch": FixMatch,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
