@@ -16,6 +16,7 @@ from autossl.trainers.methods.mean_teacher import MeanTeacher
 from autossl.trainers.methods.self_training import SelfTraining
 from autossl.trainers.methods.supervised import Supervised
 from autossl.trainers.methods.uamt import UncertaintyAwareMeanTeacher
+from autossl.trainers.methods.unimatch import UniMatch
 from autossl.trainers.methods.urpc import PyramidConsistency
 
 METHODS: dict[str, type[SemiSupervisedTrainer]] = {
@@ -27,6 +28,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "mcnet": MutualConsistency,
     "self_training": SelfTraining,
     "fixmatch": FixMatch,
+    "unimatch": UniMatch,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
