@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.trainers.base import MethodSettings, SemiSupervisedTrainer
+from autossl.trainers.methods.cps import CPS
 from autossl.trainers.methods.dtc import DualTaskConsistency
 from autossl.trainers.methods.fixmatch import FixMatch
 from autossl.trainers.methods.mcnet import MutualConsistency
@@ -29,6 +30,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "self_training": SelfTraining,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
+    "cps": CPS,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
