@@ -336,6 +336,7 @@ def test_without_unlabeled_cases_it_is_the_twin_or_two_of_them() -> None:
     pair = trainer(n_unlabeled=0, labeled_only=True)
     assert list(step(pair, batch=batch).losses) == SUPERVISED
     assert pair.prediction().combine == "mean_probabilities"
+    assert list(step(trainer(n_unlabeled=0, on_labeled=True), batch=batch).losses) == ["supervised"]
     judged = trainer(n_unlabeled=0, labeled_only=True, on_labeled=True)
     assert step(judged, batch=batch).losses["cross_a"].item() > 0
 

@@ -97,7 +97,7 @@ class CPS(SemiSupervisedTrainer):
 
     def losses(self, batch: Batch, at: Progress) -> StepOutput:
         labeled, unlabeled, n_labeled = batch.labeled, batch.unlabeled, len(batch.labeled)
-        weight = self._weight(at)
+        weight = 0.0 if self._is_supervised else self._weight(at)
         first = 0 if self.settings.on_labeled else n_labeled
         n_judged = n_labeled - first + (len(unlabeled) if unlabeled is not None else 0)
         if weight == 0 or n_judged == 0:  # without the cross terms each network takes its own supervised step
