@@ -62,6 +62,16 @@ def test_an_infinite_voxel_outside_the_mask_does_no_harm() -> None:
     assert probability_mse(p, torch.zeros_like(p), w).item() == pytest.approx(0.25)
 
 
+def test_a_target_that_is_not_finite_outside_the_mask_reaches_no_gradient() -> None:
+    p = torch.full((1, 2, 1, 2), 0.5, requires_grad=True)
+    q = torch.tensor([[[[1.0, math.nan]], [[0.0, math.inf]]]])
+    loss = probability_mse(p, q, torch.tensor([[[[1.0, 0.0]]]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25)
+    assert p.grad is not None
+    assert p.grad.flatten().tolist() == pytest.approx([-0.5, 0, 0.5, 0])
+
+
 def test_soft_dice_hand_values() -> None:
     target = torch.tensor([[[[0, 0, 1, 1]]]])
     p = torch.tensor([[[[1.0, 0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5, 1.0]]]])

@@ -88,11 +88,12 @@ def soft_dice(
 
 def probability_mse(p: Tensor, q: Tensor, w: Tensor | None = None) -> Tensor:
     """Σ_v w_v Σ_c (p - q)² / (C · max(Σ w, 1e-6)): the mean over valid voxels and all classes. No detach inside."""
-    squares = (p.float() - q.float()).square()
+    difference = p.float() - q.float()
     if w is None:
-        return squares.mean()
+        return difference.square().mean()
     weights = w.float()
-    kept = torch.where(weights > 0, squares, 0) * weights
+    # masked before it is squared: behind a square, what is not finite would reach the gradient
+    kept = torch.where(weights > 0, difference, 0).square() * weights
     return kept.sum() / (p.shape[1] * weights.sum().clamp(min=EPS))
 
 
