@@ -260,7 +260,7 @@ def test_too_few_levels_are_refused() -> None:
 
 
 def test_zero_weight_and_no_unlabeled_case_are_the_twin_bit_for_bit() -> None:
-    for method in (trainer(lambda_max=0.0), trainer(n_unlabeled=0)):
+    for method in (trainer(lambda_max=0.0), trainer(n_unlabeled=0), trainer(n_unlabeled=0, pyramid_sup=True)):
         twin = Supervised(toy_job(configuration=configuration()), MethodSettings())
         batch = toy_batch(method.job, n_unlabeled=2 if method.job.has_unlabeled else 0)
         mine, theirs = step(method, batch), twin.losses(batch, Progress(100, 100))
@@ -276,6 +276,15 @@ def test_pyramid_supervision_is_the_mean_over_the_up_sampled_scales() -> None:
     up = functional.interpolate(z[1], (16, 16), mode="bilinear", align_corners=False)
     expected = (loss.at_one_level(z[0], target, None) + loss.at_one_level(up, target, None)) / 4
     assert step(method, batch).losses["supervised"].item() == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_pyramid_supervision_needs_no_consistency_but_unlabeled_cases() -> None:
+    whole, alone = trainer(pyramid_sup=True), trainer(pyramid_sup=True, lambda_max=0.0)
+    batch = toy_batch(whole.job)
+    assert set(step(alone, batch).losses) == {"supervised"}
+    assert step(alone, batch).losses["supervised"].item() == pytest.approx(
+        step(whole, batch).losses["supervised"].item(), rel=1e-5
+    )
 
 
 def test_perturbed_branches_change_the_auxiliary_outputs_alone() -> None:

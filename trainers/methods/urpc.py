@@ -91,9 +91,10 @@ class PyramidConsistency(SemiSupervisedTrainer):
     def losses(self, batch: Batch, at: Progress) -> StepOutput:
         labeled, unlabeled, settings = batch.labeled, batch.unlabeled, self.settings
         weight = settings.lambda_max * sigmoid_ramp(at.fraction, settings.ramp_end)
-        if unlabeled is None or weight == 0:  # the twin's step, bit for bit
+        if unlabeled is None or weight == 0:  # the twin's step, bit for bit, unless the supervision is another one
             z = self.parts.trained["network"](labeled.image)
-            return StepOutput({"supervised": self.job.supervised_loss(z, labeled.target, labeled.valid)})
+            loss = self._supervised(z, labeled) if self.job.has_unlabeled else self._supervised_by_level(z, labeled)
+            return StepOutput({"supervised": loss})
 
         z = self._logits(torch.cat([labeled.image, unlabeled.image]), at)
         z_unlabeled = [level[len(labeled) :] for level in z[: self.n_scales]]
@@ -143,10 +144,13 @@ class PyramidConsistency(SemiSupervisedTrainer):
     def _supervised(self, z: Sequence[Tensor], labeled: StreamBatch) -> Tensor:
         loss = self.job.supervised_loss
         if not self.settings.pyramid_sup:
-            return loss(z, labeled.target, labeled.valid)
+            return self._supervised_by_level(z, labeled)
         w = labeled.valid if loss.has_ignore else None
         scales = [up_sampled(level, z[0].shape[2:]) for level in z[: self.n_scales]]
         return torch.stack([loss.at_one_level(scale, labeled.target, w) for scale in scales]).mean() / 2
+
+    def _supervised_by_level(self, z: Sequence[Tensor], labeled: StreamBatch) -> Tensor:
+        return self.job.supervised_loss(z, labeled.target, labeled.valid)
 
 
 def pyramid_consistency(
