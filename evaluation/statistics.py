@@ -68,8 +68,7 @@ class PairedSample:
 
     @property
     def _counted(self) -> npt.NDArray[np.bool_]:
-        counted: npt.NDArray[np.bool_] = np.isfinite(self.differences).any(axis=(0, 2))
-        return counted
+        return np.asarray(np.isfinite(self.differences).any(axis=(0, 2)))
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def _shares_of_patients(sample: PairedSample) -> FloatArray:
     per_case = np.where(defined, sample.differences, 0.0).sum(0)[:, known] / counts[known]
     patients = {unit: number for number, unit in enumerate(dict.fromkeys(sample.cases))}
     shares, seen = np.zeros(len(patients)), np.zeros(len(patients), dtype=bool)
-    for unit, share, has_pair in zip(sample.cases, per_case.mean(1), defined.any((0, 2)), strict=True):
+    for unit, share, has_pair in zip(sample.cases, per_case.mean(1), np.asarray(defined.any((0, 2))), strict=True):
         shares[patients[unit]] += share
         seen[patients[unit]] |= bool(has_pair)
     return shares[seen]

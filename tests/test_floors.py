@@ -14,10 +14,11 @@ FLOORS = (
     ("autossl.planners",),
     ("autossl.inference", "autossl.evaluation"),
     ("autossl.trainers",),
+    ("autossl.evaluation.benchmark",),
     ("autossl.interop", "autossl.demo"),
     ("autossl.cli",),
 )
-"""Lowest first. What compares or reports runs of trainers will be a floor of its own above them."""
+"""Lowest first. What compares runs of trainers is a floor of its own above them."""
 FOLDERS = {
     "autossl": ROOT / "autossl",
     "autossl.planners": ROOT / "planners",

@@ -42,6 +42,15 @@ def setting_pair(text: str) -> tuple[str, str]:
     return key, value
 
 
+def method_setting(text: str) -> tuple[str, str, str]:
+    """'method.key=value' as its three parts."""
+    name, value = setting_pair(text)
+    method, point, key = name.partition(".")
+    if not method or not point or not key:
+        raise argparse.ArgumentTypeError(f"'{text}': expected METHOD.KEY=VALUE, as in mean_teacher.noise=0.2")
+    return method, key, value
+
+
 def label_pair(text: str) -> tuple[str, tuple[int, ...]]:
     """'name=1' or 'name=1,2' (a region) as name and label values."""
     name, value = setting_pair(text)

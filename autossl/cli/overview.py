@@ -13,6 +13,7 @@ COMMANDS = {
     "autossl_predict": "Segment a folder of images with a trained run.",
     "autossl_evaluate": "Score a folder of segmentations against references.",
     "autossl_methods": "List the training methods, or show one with its settings.",
+    "autossl_benchmark": "Compare methods with their supervised twin, and train what is missing for that.",
     "autossl_demo": "Run everything on a small made-up dataset, in a few minutes.",
 }
 """Command → what it does, in the order in which they are used; also the description of each command's --help."""

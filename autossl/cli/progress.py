@@ -75,9 +75,7 @@ class CommandProgress:
             return
         lines.said = now
         took = now - lines.started
-        ending = (
-            f" in {_duration(took)}" if done == total else f", about {_duration(took / done * (total - done))} left"
-        )
+        ending = f" in {duration(took)}" if done == total else f", about {duration(took / done * (total - done))} left"
         sys.stderr.write(f"{name}: {done} of {total}{ending}{'  ' + details if details else ''}\n")
 
 
@@ -114,7 +112,8 @@ def _new_bars() -> Any:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: 12 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

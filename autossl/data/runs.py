@@ -189,7 +189,7 @@ def open_run(folder: Path, spec: RunSpec, resume: bool = False, overwrite: bool 
         write_json(folder / RUN_FILE, spec.model_dump(mode="json"))
         return spec
     states = {key: fold_state(folder / f"fold_{key}") for key in spec.folds}
-    different = _differences(stored, spec, [key for key in spec.folds if states[key] != "absent" and not resume])
+    different = spec_differences(stored, spec, [key for key in spec.folds if states[key] != "absent" and not resume])
     if overwrite:
         return _start_again(folder, None if different else stored, spec)
     if different:
@@ -289,7 +289,7 @@ def _stored_spec(folder: Path, overwrite: bool) -> RunSpec | None:
         raise
 
 
-def _differences(stored: RunSpec, asked: RunSpec, folds: list[str]) -> list[Problem]:
+def spec_differences(stored: RunSpec, asked: RunSpec, folds: list[str]) -> list[Problem]:
     """One problem per field that differs; settings one by one, cases for the given folds."""
     fix = "keep both with --tag NAME, or replace it with --overwrite"
     pairs = [(name, getattr(stored, name), getattr(asked, name)) for name in IDENTITY if name != "settings"]

@@ -1,0 +1,73 @@
+"""Stands in for `autossl_train`: writes in milliseconds what a training of a fold leaves behind.
+
+Environment: FAKE_SPECS, a folder with the run.json of every run by name; FAKE_CALLS, a file to add every call to;
+FAKE_FAILS, a method that ends with an error; FAKE_WAITS, a method that trains until it is told to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+DICE = {"supervised": 0.6, "mean_teacher": 0.7, "all": 0.8}
+STEPS_PER_SECOND = {"supervised": 10.0, "mean_teacher": 4.0}
+
+
+def main(words: list[str]) -> int:
+    """Trains nothing."""
+    given = {name: words[words.index(name) + 1] for name in words if name.startswith("-") and name != "--resume"}
+    dataset, configuration, fold = words[:3]
+    method, steps = given["-m"], int(given["--steps"])
+    split = f"benchmark-{given['--labeled']}_draw-{given['--draw']}" if "--labeled" in given else "default"
+    name = f"{configuration}__{given['--preset']}__{method}__seed-{given['--seed']}"
+    folder = Path(given["--workspace"]) / "results" / dataset / split / name
+    started = time.time()
+    print(f"training {name}")
+    if method == os.environ.get("FAKE_FAILS"):
+        print("the reason why it failed")
+        return 1
+    (folder / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
+    spec = (Path(os.environ["FAKE_SPECS"]) / f"{split}__{name}.json").read_text()
+    (folder / "run.json").write_text(spec)
+    if method == os.environ.get("FAKE_WAITS"):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        write_log(folder, fold, 2, method)
+        signal.pause()
+        print("state saved")
+        return 130
+    time.sleep(0.1)
+    write_log(folder, fold, steps, method)
+    (folder / f"fold_{fold}" / "checkpoint_final.pth").write_bytes(b"")
+    if fold != "all":
+        write_summary(folder, fold, json.loads(spec), DICE["all" if split == "default" else method])
+    call = {"words": words, "run": name, "fold": fold, "threads": os.environ.get("OMP_NUM_THREADS")}
+    with Path(os.environ["FAKE_CALLS"]).open("a") as file:
+        file.write(json.dumps(call | {"from": started, "to": time.time()}) + "\n")
+    return 0
+
+
+def write_log(folder: Path, fold: str, steps: int, method: str) -> None:
+    """One line per step."""
+    line = {"phase": "train", "steps_per_second": STEPS_PER_SECOND[method], "memory_mb": 300.0}
+    text = "".join(json.dumps({"step": step, **line}) + "\n" for step in range(1, steps + 1))
+    (folder / f"fold_{fold}" / "log.jsonl").write_text(text)
+
+
+def write_summary(folder: Path, fold: str, spec: dict, dice: float) -> None:
+    """Scores that differ from case to case and from seed to seed."""
+    cases = {
+        case: {"capsule": {"dice": dice + 0.01 * n + 0.001 * spec["seed"]}, "core": {"dice": 0.5}}
+        for n, case in enumerate(spec["folds"][fold]["validation"])
+    }
+    means = [sum(scores[name]["dice"] for scores in cases.values()) / len(cases) for name in ("capsule", "core")]
+    path = folder / f"fold_{fold}" / "validation" / "summary.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"foreground_mean": {"dice": sum(means) / 2}, "cases": cases}))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
