@@ -9,8 +9,10 @@ from pydantic import ValidationError
 
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.trainers.base import MethodSettings, SemiSupervisedTrainer
+from autossl.trainers.methods.bcp import BidirectionalCopyPaste
 from autossl.trainers.methods.cps import CPS
 from autossl.trainers.methods.dtc import DualTaskConsistency
+from autossl.trainers.methods.entropy_min import EntropyMinimization
 from autossl.trainers.methods.fixmatch import FixMatch
 from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
@@ -22,11 +24,13 @@ from autossl.trainers.methods.urpc import PyramidConsistency
 
 METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "supervised": Supervised,
+    "entropy_min": EntropyMinimization,
     "mean_teacher": MeanTeacher,
     "uamt": UncertaintyAwareMeanTeacher,
     "urpc": PyramidConsistency,
     "dtc": DualTaskConsistency,
     "mcnet": MutualConsistency,
+    "bcp": BidirectionalCopyPaste,
     "self_training": SelfTraining,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
