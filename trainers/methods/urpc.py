@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -207,7 +208,7 @@ def _log_of_mean(*log_p: Tensor) -> Tensor:
     total = log_p[0]
     for log in log_p[1:]:
         total = torch.logaddexp(total, log)
-    return total - torch.log(torch.tensor(float(len(log_p)), device=total.device))
+    return total - math.log(len(log_p))
 
 
 def _scale_term(
