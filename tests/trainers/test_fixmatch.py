@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from autossl.trainers.base import Batch, MethodSettings, Progress, StepOutput
+from autossl.trainers.components import weak_to_strong
+from autossl.trainers.components.masks import cutmix_box
 from autossl.trainers.methods.fixmatch import FixMatch, FixMatchSettings
 from autossl.trainers.methods.supervised import Supervised
-from toys import toy_batch, toy_job
+from toys import toy_batch, toy_configuration, toy_job
 
 
 def trainer(n_unlabeled: int = 4, dims: int = 2, **settings: Any) -> FixMatch:
@@ -74,6 +76,21 @@ def test_voxels_outside_the_image_do_not_count() -> None:
     assert batch.unlabeled is not None
     batch.unlabeled.valids = (torch.zeros_like(batch.unlabeled.valid),)
     assert step(method, batch=batch).losses["strong"].item() == 0
+
+
+@pytest.mark.parametrize("spacing, free", [((8.0, 1.0, 1.0), True), ((2.0, 1.0, 1.0), False)])
+def test_boxes_of_anisotropic_patches_may_span_all_slices(
+    spacing: tuple[float, ...], free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def keep(*arguments: Any, through_plane_free: bool, **named: Any) -> torch.Tensor:
+        asked.append(through_plane_free)
+        return cutmix_box(*arguments, through_plane_free=through_plane_free, **named)
+
+    monkeypatch.setattr(weak_to_strong, "cutmix_box", keep)
+    step(FixMatch(toy_job(3, configuration=toy_configuration(3, spacing=spacing)), FixMatchSettings()))
+    assert asked == [free]
 
 
 def test_the_teacher_labels_where_there_is_one() -> None:
