@@ -54,7 +54,8 @@ def class_shapes(
 
 def component_sizes(mask: Mask) -> npt.NDArray[np.intp]:
     """Voxels of each connected component (26 neighbors; 8 in 2D), the largest first; empty for an empty mask."""
-    components = cc3d.connected_components(mask, connectivity=26)
+    # numbers, not booleans: cc3d 4.1.1 connects boolean images over corners wrongly where a side is odd
+    components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
     return np.sort(np.bincount(components.ravel())[1:])[::-1]
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.ndimage import label
 
 from autossl.data.labels import LabelSchema
 from autossl.planners import label_shapes
@@ -90,6 +91,16 @@ def test_components_touch_at_corners() -> None:
     mask[0, 0, 0] = mask[1, 1, 1] = mask[0, 3, 3] = True
     assert component_sizes(mask).tolist() == [2, 1]
     assert component_sizes(np.zeros((2, 2, 2), bool)).tolist() == []
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_components_of_random_shapes_equal_another_labeling(dims: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        shape = (1, *rng.integers(1, 33, size=2)) if dims == 2 else tuple(rng.integers(1, 12, size=3))
+        mask = rng.random(shape) < rng.uniform(0.05, 0.9)
+        components, _ = label(mask, np.ones((3, 3, 3)))
+        assert component_sizes(mask).tolist() == sorted(np.bincount(components.ravel())[1:].tolist(), reverse=True)
 
 
 def test_class_shapes_of_labels_leave_out_the_ignore_label() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from autossl.trainers.components.pseudo import keep_largest, pseudo_label
@@ -85,6 +87,19 @@ def test_diagonal_neighbors_belong_together() -> None:
     labels[..., 2:4, 2:4] = 1
     labels[..., 4, 4] = 1
     assert keep_largest(labels, [1]) is labels
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_random_shapes_equal_another_labeling(dims: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        shape = rng.integers(1, 33 if dims == 2 else 12, size=dims)
+        mask = rng.random(shape) < rng.uniform(0.05, 0.9)
+        components, _ = ndimage.label(mask, np.ones((3,) * dims))
+        sizes = np.bincount(components.ravel())[1:]
+        kept = keep_largest(torch.from_numpy(mask).long()[None, None], [1], spare_border=False)[0, 0].numpy() > 0
+        assert int(kept.sum()) == max(sizes, default=0)
+        assert len(np.unique(components[kept])) == min(1, len(sizes)), "one whole component"
 
 
 def test_only_the_given_classes_are_judged() -> None:

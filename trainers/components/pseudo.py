@@ -77,7 +77,8 @@ def _mark_islands(
         box = boxes[number - 1]
         if box is None:
             continue
-        mask = label_map[box] == number
+        # numbers, not booleans: cc3d 4.1.1 connects boolean images over corners wrongly where a side is odd
+        mask = (label_map[box] == number).view(np.uint8)
         components, n_components = cc3d.connected_components(
             mask, connectivity=8 if mask.ndim == 2 else 26, return_N=True
         )
