@@ -18,7 +18,6 @@ from autossl.planners.plans import ConfigurationPlan
 from autossl.trainers.base import (
     Batch,
     BatchRequest,
-    MethodSettings,
     Progress,
     SemiSupervisedTrainer,
     StepOutput,
@@ -326,13 +325,19 @@ class _Stream:
 
 
 def loop_of(
-    method: SemiSupervisedTrainer, folder: Path, condition: Condition = USUAL, on_batch: Any = None, **loop: Any
+    method: SemiSupervisedTrainer,
+    folder: Path,
+    condition: Condition = USUAL,
+    on_batch: Any = None,
+    share_every: int | None = None,
 ) -> TrainingLoop:
     """A loop over the method's whole run."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = LoopOptions(method.job.total_steps, log_every=1, checkpoint_every=10_000, seed=SEED)
+    options = LoopOptions(
+        method.job.total_steps, log_every=1, checkpoint_every=10_000, seed=SEED, gradient_share_every=share_every
+    )
     source = FamilySource(method, condition, on_batch)
-    return TrainingLoop(method, source, folder, options, refresh=lambda refresh, step: None, **loop)
+    return TrainingLoop(method, source, folder, options, refresh=lambda refresh, step: None)
 
 
 def run_soundly(method: SemiSupervisedTrainer, folder: Path, condition: Condition = USUAL) -> TrainingLoop:
@@ -360,8 +365,3 @@ def each_phase(method: SemiSupervisedTrainer) -> Iterator[tuple[Progress, Batch]
 def beyond_supervised(output: StepOutput) -> dict[str, Tensor]:
     """The terms that do not come from labels."""
     return {name: term for name, term in output.losses.items() if not name.startswith(SUPERVISED)}
-
-
-def default_settings(method: type[SemiSupervisedTrainer]) -> MethodSettings:
-    """As declared."""
-    return method.Settings()

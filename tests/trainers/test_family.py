@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from family import (
     never_supervised,
     run_soundly,
     trained_parameters,
+    weights_of,
     without_effect,
 )
 
@@ -155,6 +157,24 @@ def test_terms_beyond_the_supervised_ones_are_there_and_move_the_weights(name: s
             moved[key] = max(moved.get(key, 0.0), size)
     assert moved, "no term comes from anything but labels"
     assert all(size > 0 for size in moved.values()), f"terms in name only: {moved}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_share_of_the_gradient_is_measured_and_changes_no_bit(name: str, tmp_path: Path) -> None:
+    if name == "supervised":
+        pytest.skip("has no unsupervised term")
+    silent, measured = make(METHODS[name]), make(METHODS[name])
+    loop_of(silent, tmp_path / "silent", share_every=0).run()
+    loop_of(measured, tmp_path / "measured", share_every=1).run()
+    before, after = weights_of(silent), weights_of(measured)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    lines = [json.loads(line) for line in (tmp_path / "measured" / "log.jsonl").read_text().splitlines()]
+    shares = [line["gradient_share"] for line in lines if line["gradient_share"]]
+    assert shares, "no step had an unsupervised term with a gradient"
+    for share in shares:
+        assert set(share) > {"total"}
+        assert all(0 <= value < 1 for value in share.values()), share
+    assert max(share["total"] for share in shares) > 0
 
 
 # ---------------------------------------------------------------------------------------------------- stop and resume

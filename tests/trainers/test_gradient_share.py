@@ -13,6 +13,7 @@ from torch import nn
 from autossl.trainers.base import Batch, Progress, StepOutput
 from autossl.trainers.gradient_share import gradient_shares, measuring_interval
 from autossl.trainers.loop import LoopOptions, TrainingLoop
+from autossl.trainers.methods.cps import CPS, CPSSettings
 from autossl.trainers.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from family import FamilySource, weights_of
 from toys import toy_job
@@ -114,3 +115,21 @@ def test_the_share_in_the_log_is_that_of_the_step(tmp_path: Path) -> None:
     TrainingLoop(method, FamilySource(method), tmp_path / "run", options).run()
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     assert line["gradient_share"] == pytest.approx({"total": 0.25, "consistency": 0.25})
+
+
+def test_with_a_gradient_scaler_and_recomputed_passes(tmp_path: Path) -> None:
+    """A scaler's factor, and networks whose activations are computed again in the backward pass, change no share."""
+    found = []
+    for name, scaled, sequential in (("plain", False, False), ("scaled", True, False), ("again", False, True)):
+        (tmp_path / name).mkdir()
+        method = CPS(toy_job(total_steps=3), CPSSettings(sequential=sequential, r_warm=0.0))
+        options = LoopOptions(3, log_every=3, gradient_share_every=1)
+        loop = TrainingLoop(method, FamilySource(method), tmp_path / name, options)
+        if scaled:
+            loop._scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        loop.run()
+        assert loop.skipped_steps == 0
+        found.append(json.loads((tmp_path / name / "log.jsonl").read_text())["gradient_share"])
+    assert found[0]["total"] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
