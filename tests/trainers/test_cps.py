@@ -170,6 +170,21 @@ def test_a_term_moves_its_own_network_alone(settings: dict[str, Any]) -> None:
             assert all(gradient is None for gradient in found[other]), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"cutmix": True}, {"on_labeled": True}])
+def test_a_network_that_is_not_finite_labels_nothing(settings: dict[str, Any]) -> None:
+    """Hard labels would hide it from the other network's term."""
+    method = trainer(**settings)
+
+    def spoil(module: nn.Module, given: Any, answered: Tensor) -> Tensor:
+        spoiled = answered.clone()
+        spoiled[-1] = math.inf
+        return spoiled
+
+    network(method, "a").decoder.seg_layers[-1].register_forward_hook(spoil)
+    losses = step(method).losses
+    assert {name for name, term in losses.items() if not torch.isfinite(term)} == {*CROSS}
+
+
 def test_the_networks_start_apart_and_equal_ones_stay_equal(caplog: pytest.LogCaptureFixture) -> None:
     method = trainer()
     pairs = list(zip(network(method, "a").parameters(), network(method, "b").parameters(), strict=True))

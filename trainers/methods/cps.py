@@ -104,7 +104,7 @@ class CPS(SemiSupervisedTrainer):
             return StepOutput(self._supervised({key: net(labeled.image) for key, net in self._networks.items()}, batch))
 
         image, valid = labeled.image, labeled.valid
-        mixed_labels: dict[str, Tensor] = {}
+        mixed_labels: dict[str, tuple[Tensor, Tensor]] = {}
         if unlabeled is not None:
             seen, inside = unlabeled.image, unlabeled.valid
             if self.settings.cutmix:
@@ -112,10 +112,16 @@ class CPS(SemiSupervisedTrainer):
             image, valid = torch.cat([image, seen]), torch.cat([valid, inside])
         z = {key: self._logits(net, image) for key, net in self._networks.items()}
         judged = {key: [level[first:] for level in levels] for key, levels in z.items()}
-        labels = {key: self._labels(levels[0]) for key, levels in judged.items()}
-        for key, given in mixed_labels.items():
+        labels, doubt = {}, {}
+        for key, levels in judged.items():
+            labels[key], doubt[key] = self._labels(levels[0])
+        for key, (given, doubted) in mixed_labels.items():
             labels[key] = torch.cat([labels[key][: n_labeled - first], given])
-        cross = {f"cross_{key}": self._cross(judged[key], labels[OTHER[key]], valid[first:]) for key in z}
+            doubt[key] = doubt[key] + doubted
+        cross = {
+            f"cross_{key}": self._cross(judged[key], labels[other], valid[first:]) + doubt[other]
+            for key, other in OTHER.items()
+        }
         return StepOutput(
             {
                 **self._supervised({key: [level[:n_labeled] for level in levels] for key, levels in z.items()}, batch),
@@ -172,15 +178,19 @@ class CPS(SemiSupervisedTrainer):
             return network(image)
         return checkpoint(network, image, use_reentrant=False)
 
-    def _labels(self, z: Tensor) -> Tensor:
-        """The network's decisions, without a gradient: integers [B, 1, *S]; regions 0/1 [B, C, *S]."""
-        return pseudo_label(self.job.probabilities(z.detach()), self.job.schema.has_regions)[0]
+    def _labels(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's decisions, without a gradient: integers [B, 1, *S]; regions 0/1 [B, C, *S].
+
+        And 0, or nan where the network said nothing finite: hard labels hide that, and the loop must drop the term.
+        """
+        labels, confidence = pseudo_label(self.job.probabilities(z.detach()), self.job.schema.has_regions)
+        return labels, 0 * confidence.mean()
 
     def _cross(self, z: Sequence[Tensor], target: Tensor, valid: Tensor) -> Tensor:
         loss = hard_label_loss if self.settings.cps_dice else hard_label_ce
         return loss(z, target, valid, regions=self.job.schema.has_regions)
 
-    def _mixed(self, unlabeled: StreamBatch, at: Progress) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _mixed(self, unlabeled: StreamBatch, at: Progress) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Patches with a box of another one, which voxels are valid, and what each network said before the mixing."""
         with torch.no_grad():
             labels = {key: self._labels(net(unlabeled.image)[0]) for key, net in self._networks.items()}
@@ -195,7 +205,7 @@ class CPS(SemiSupervisedTrainer):
             device=image.device,
         )
         partner = derangement(len(image), at.generator("partner")).to(image.device)
-        mixed = {key: mix(given, given[partner], mask) for key, given in labels.items()}
+        mixed = {key: (mix(given, given[partner], mask), doubt) for key, (given, doubt) in labels.items()}
         return mix(image, image[partner], mask), mix(unlabeled.valid, unlabeled.valid[partner], mask), mixed
 
     def _of_one(self, key: str) -> PredictionSpec:
