@@ -221,7 +221,7 @@ def add(ruled: PseudoLabelRound, case: str, label: np.ndarray, confidences: list
 
 def test_a_round_filters_voxels_and_cases_and_says_why(tmp_path: Path) -> None:
     store, ruled = prepared_round(tmp_path)
-    add(ruled, "good", volume(0, 1, 1, 1, 2, 0, 1, 0), [250, 240, 200, 180, 130, 120, 240, 200])
+    add(ruled, "good", volume(0, 1, 1, 1, 2, 0, 1, 0), [250, 240, 200, 180, 130, 120, 255, 200])
     add(ruled, "empty", volume(0, 0, 0, 0, 0, 0, 0, 0), [255] * 8)
     assert not store.is_complete(5)
     with pytest.raises(InvalidInput):

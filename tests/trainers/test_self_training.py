@@ -68,7 +68,8 @@ def test_a_perfect_teacher_is_supervised_training_on_all_cases(regions: bool) ->
     assert batch.unlabeled is not None
     assert batch.unlabeled.pseudo_labels is not None
     target = torch.zeros(2, 1, 16, 16, dtype=torch.int64)
-    target[:, :, :5], target[:, :, 8:] = 1, 2
+    target[0, :, :5], target[0, :, 8:] = 1, 2
+    target[1, :, 4:10], target[1, :, 12:] = 2, 1
     batch.unlabeled.pseudo_labels = (torch.cat([target > 0, target == 2], 1).float() if regions else target,)
     output = step(method, batch)
     z = method.parts.trained["network"](batch.unlabeled.image)

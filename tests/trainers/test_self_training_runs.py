@@ -174,6 +174,29 @@ def test_the_rules_stop_a_run_whose_teacher_knows_nothing(
     assert predictor(refresh, 2), "asked again, it decides the same"
 
 
+def test_a_teacher_that_is_right_is_believed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden labels themselves as predictions: plausible in volume, stable, and without islands."""
+    setup = resolve(request(workspace, labeled="3", settings={"plausibility": "1", "reliable_share": "1"}))
+    hidden = [case for case in setup.folds["0"].unlabeled if setup.store.label_path(case).is_file()]
+    truth = iter([case for case in hidden for _ in range(3)])  # by the teacher, the early and the middle copy
+
+    def predicted(*_: Any) -> tuple[np.ndarray, np.ndarray]:
+        label = setup.store.label(next(truth))[:].astype(np.uint8)
+        return label, np.full((1, *label.shape), 255, dtype=np.uint8)
+
+    monkeypatch.setattr("autossl.trainers.refresh.predicted_case", predicted)
+    method = SelfTraining(setup.job("0", 6), setup.settings)
+    predictor = PoolPredictor(setup, "0", method, workspace.root / "stores")
+    predictor._cases = hidden
+    assert not predictor(method.phases()[1].refreshes[0], 2)
+    store = PseudoLabelStore(workspace.root / "stores" / "pseudo")
+    assert store.weights(2) == dict.fromkeys(hidden, 1.0)
+    assert len(hidden) >= 1
+    for case in hidden:
+        np.testing.assert_array_equal(store.label(2, case), setup.store.label(case)[:])
+        assert (open_array(store.paths(2, case)[1])[:] == 255).all()
+
+
 def test_volumes_are_measured_like_those_of_the_labels(workspace: Workspace) -> None:
     """The label of a training case, as a pseudo-label of it, has the volume that the fingerprint says."""
     setup = resolve(request(workspace, labeled=None))
