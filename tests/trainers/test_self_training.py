@@ -392,12 +392,13 @@ def test_a_skipped_step_at_the_end_of_a_round_or_at_a_copy_loses_nothing() -> No
     method = trainer()
     for number, phase in ((0, (0, 4)), (1, (4, 8))):
         for at in range(*phase):
+            if at in (0, 3, 7):  # not taken: the weights stay, and nothing is called
+                continue
             with torch.no_grad():
                 next(method.parts.trained["network"].parameters()).fill_(float(at))
-            if at not in (0, 3):  # not called after steps that were not taken
-                method.after_step(Progress(at, 12, f"round_{number}", *phase))
-    first = {name: next(part.parameters()).flatten()[0].item() for name, part in method.parts.followers.items()}
-    assert first == {"early": 1.0, "middle": 2.0, "previous": 7.0}
+            method.after_step(Progress(at, 12, f"round_{number}", *phase))
+    copies = {name: next(part.parameters()).flatten()[0].item() for name, part in method.parts.followers.items()}
+    assert copies == {"early": 1.0, "middle": 2.0, "previous": 6.0}
 
 
 def test_online_the_moving_average_is_what_predicts_and_what_is_copied(tmp_path: Path) -> None:
