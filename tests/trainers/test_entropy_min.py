@@ -268,24 +268,30 @@ def test_label_shares_leave_ignored_voxels_out_and_forget_slowly() -> None:
 # ----------------------------------------------------------------------------------------------------------- the guard
 
 
-def run_guard(foreground: bool, steps: int = 12, recover_at: int = -1) -> EntropyMinimization:
-    method = trainer(toy_job(total_steps=400))
+def run_guard(foreground: bool, steps: int = 9, recover_at: int = -1, total: int = 100) -> EntropyMinimization:
+    method = trainer(toy_job(total_steps=total))
     for index in range(steps):
         present = foreground or index == recover_at
-        step(set_outputs(method, (0.0, 9.0, 0.0) if present else (9.0, 0.0, 0.0)), at=Progress(index, 400))
+        step(set_outputs(method, (0.0, 9.0, 0.0) if present else (9.0, 0.0, 0.0)), at=Progress(index, total))
     return method
 
 
-def test_vanishing_foreground_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_vanishing_foreground_is_reported_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autossl.trainers.methods.entropy_min.COLLAPSE_STEPS", 5)
     with caplog.at_level(logging.WARNING):
         run_guard(foreground=True)
-        run_guard(foreground=False, steps=7)
-        run_guard(foreground=False, recover_at=6)
-        assert not caplog.records, "2 % of 400 steps in a row, not less"
+        run_guard(foreground=False, steps=4)
+        run_guard(foreground=False, recover_at=4)
+        run_guard(foreground=False, total=401, steps=8)
+        assert not caplog.records, "2 % of the run and five steps in a row, not less"
         method = run_guard(foreground=False)
-    assert len(caplog.records) == 1
-    assert "step 7: foreground is 0 of the unlabeled voxels" in caplog.text
-    assert method.parts.memory["collapsed"] == 12
+        assert len(caplog.records) == 1
+        assert "step 4: foreground is 0 of the unlabeled voxels" in caplog.text
+        run_guard(foreground=False, total=401)
+    assert len(caplog.records) == 2
+    assert method.parts.memory["collapsed"] == 9
 
 
 def test_foreground_shares_are_measured() -> None:

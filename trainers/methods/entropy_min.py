@@ -30,8 +30,9 @@ PORT = "SSL4MIS benchmark trainers"
 LABEL_DECAY = 0.99
 """Of the running voxel counts of the labeled patches."""
 COLLAPSE_SHARE = 0.1
-COLLAPSE_FRACTION = 0.02
-"""Foreground below this share of the labels' for this fraction of the run is reported."""
+COLLAPSE_FRACTION, COLLAPSE_STEPS = 0.02, 50
+"""Foreground below this share of the labels' is reported after this fraction of the run, and not before so many steps:
+a short run begins with background alone."""
 
 
 class EntropyMinimizationSettings(MethodSettings):
@@ -154,13 +155,13 @@ class EntropyMinimization(SemiSupervisedTrainer):
         predicted, labeled = (output.measures[name] for name in ("foreground_share", "labeled_foreground_share"))
         low = bool(predicted < COLLAPSE_SHARE * labeled)
         self.parts.memory["collapsed"] = self.parts.memory["collapsed"] + 1 if low else 0
-        if self.parts.memory["collapsed"] == math.ceil(COLLAPSE_FRACTION * at.total):
+        if self.parts.memory["collapsed"] == max(COLLAPSE_STEPS, math.ceil(COLLAPSE_FRACTION * at.total)):
             logger.warning(
                 "step %d: foreground is %.2g of the unlabeled voxels, but %.2g of the labeled ones (whose patches are "
-                "drawn around foreground more often), for %.0f %% of the run. The prediction may be collapsing to "
+                "drawn around foreground more often), for %d steps. The prediction may be collapsing to "
                 "background; if it stays so, lower lambda_max, or set prior_weight or class_balanced",
                 at.step,
                 float(predicted),
                 float(labeled),
-                100 * COLLAPSE_FRACTION,
+                self.parts.memory["collapsed"],
             )
