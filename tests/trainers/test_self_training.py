@@ -436,6 +436,29 @@ def test_a_refresh_may_end_the_run_with_the_model_as_it_is(tmp_path: Path) -> No
     assert not (tmp_path / "checkpoint_latest.pth").exists()
 
 
+def test_a_refresh_that_is_killed_comes_back_with_the_same_weights(tmp_path: Path) -> None:
+    """No checkpoint is due before the end: the loop writes one when a refresh begins."""
+    seen: list[dict[str, Tensor]] = []
+
+    def refresh(method: SelfTraining, kill: bool) -> Callable[[Refresh, int], None]:
+        def called(asked: Refresh, at: int) -> None:
+            seen.append(weights(method.parts.trained["network"]))
+            if kill:
+                raise KeyboardInterrupt
+
+        return called
+
+    first, second = trainer(), trainer()
+    with pytest.raises(KeyboardInterrupt):
+        loop_of(first, tmp_path, 12, refresh(first, kill=True)).run()
+    loop = loop_of(second, tmp_path, 12, refresh(second, kill=False))
+    loop.load_state(torch.load(tmp_path / "checkpoint_latest.pth", weights_only=True))
+    assert loop.step == 4
+    loop.run()
+    assert len(seen) == 3
+    assert same(seen[0], seen[1])
+
+
 @pytest.mark.parametrize(("mode", "stop_at"), [("rounds", 2), ("rounds", 4), ("rounds", 6), ("online", 3)])
 def test_stop_and_resume_equals_an_unbroken_run(tmp_path: Path, mode: str, stop_at: int) -> None:
     whole = loop_of(trainer(mode=mode), tmp_path / "whole", 12)
