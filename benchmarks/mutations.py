@@ -158,13 +158,13 @@ MUTATIONS = (
     ),
     Mutation("unimatch", MISSING_DETACH, CONFIDENCE_WITH_GRADIENT),
     one("unimatch", FLIPPED_SIGN, "{name: weight * shares[name] * term", "{name: -weight * shares[name] * term"),
-    one("cps", WRONG_TARGET, "labels[OTHER[key]], valid[first:]", "labels[key], valid[first:]"),
+    one("cps", WRONG_TARGET, "labels[other], valid[first:]", "labels[key], valid[first:]"),
     one(
         "cps",
         MISSING_DETACH,
-        "self._cross(judged[key], labels[OTHER[key]], valid[first:])",
-        "self._cross(judged[key], labels[OTHER[key]], valid[first:])\n"
-        "            * (judged[OTHER[key]][0].exp().mean() / judged[OTHER[key]][0].exp().mean().detach())",
+        "self._cross(judged[key], labels[other], valid[first:])",
+        "self._cross(judged[key], labels[other], valid[first:])"
+        " * (judged[other][0].exp().mean() / judged[other][0].exp().mean().detach())",
     ),
     one("cps", FLIPPED_SIGN, "{name: weight * term", "{name: -weight * term"),
 )
