@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,13 +227,28 @@ def _bound(callback: Callable[..., None] | None, *first: Any) -> Callable[..., N
 
 @contextmanager
 def _stop_signals(enabled: bool) -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, instead of ending the process, while the block runs."""
+    """An event that SIGTERM and SIGINT set, instead of ending the process, while the block runs.
+
+    A second one, a second later or more (launchers pass one on twice), ends it at once: the steps since the last
+    checkpoint are lost, no more, because files appear whole.
+    """
     stopped = threading.Event()
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield stopped
         return
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in signals}
+
+    asked: list[float] = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] >= 1:
+            raise KeyboardInterrupt
+        if stopped.is_set():
+            return
+        stopped.set()
+        logger.warning("stopping after this step; once more stops at once and loses the steps since the checkpoint")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stopped
     finally:

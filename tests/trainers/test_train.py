@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import autossl.trainers.train as behind_training
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
 from autossl.data.workspace import Workspace
@@ -296,3 +297,20 @@ def test_loader_processes_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_second_wish_to_stop_ends_at_once_but_not_one_that_a_launcher_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(behind_training.time, "monotonic", lambda: now[0])
+    before = signal.getsignal(signal.SIGINT)
+    with behind_training._stop_signals(True) as stopped:
+        signal.raise_signal(signal.SIGINT)
+        now[0] = 0.5
+        signal.raise_signal(signal.SIGINT)
+        assert stopped.is_set()
+        now[0] = 1.5
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
