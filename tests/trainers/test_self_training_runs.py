@@ -197,6 +197,17 @@ def test_a_teacher_that_is_right_is_believed(workspace: Workspace, monkeypatch: 
         assert (open_array(store.paths(2, case)[1])[:] == 255).all()
 
 
+def test_teachers_predict_with_mirroring_and_are_compared_without_where_there_are_no_copies(planned: Workspace) -> None:
+    axes = []
+    for stability in ("checkpoints", "mirroring"):
+        setup = resolve(request(planned, settings={"stability": stability}))
+        method = SelfTraining(setup.job("0", 6), setup.settings)
+        predictor = PoolPredictor(setup, "0", method, planned.root / "stores")
+        teacher, others = predictor._predictors(method.phases()[1].refreshes[0])
+        axes.append([found.window.mirror_axes for found in (teacher, *others)])
+    assert axes == [[(0, 1)] * 3, [(0, 1), ()]]
+
+
 def test_volumes_are_measured_like_those_of_the_labels(workspace: Workspace) -> None:
     """The label of a training case, as a pseudo-label of it, has the volume that the fingerprint says."""
     setup = resolve(request(workspace, labeled=None))
