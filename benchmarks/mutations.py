@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("planners", "preprocessing", "trainers", "evaluation")
 """Folders that are packages of autossl (setup.cfg)."""
 TIMEOUT_S = 1800
+SHARED_TESTS = {"fixmatch": ("test_weak_to_strong",), "unimatch": ("test_weak_to_strong",)}
+"""Where tests of several methods stand together; those with the method's name in them are run."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ class Copy:
         own = sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(f"tests/trainers/test_{method}*"))
         if not own:
             raise ValueError(f"{method} has no test of its own")
+        own += [f"tests/trainers/{name}.py" for name in SHARED_TESTS.get(method, ())]
         family = [f"tests/trainers/{name}.py" for name in ("test_family_identities", "test_family")]
         words = [sys.executable, "-m", "pytest", "-x", "-q", "-k", method, "-p", "no:cacheprovider", *own, *family]
         environment = {**os.environ, "PYTHONPATH": str(self.package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
