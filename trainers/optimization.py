@@ -78,7 +78,7 @@ def group_optimizers(parts: Parts, phase: Phase, previous: Sequence[GroupOptimiz
         taken |= {id(p) for p in parameters}
         entry = GroupOptimizer(group, parameters, _optimizer(group, parameters))
         if entry.key in kept:
-            entry.optimizer.load_state_dict(kept[entry.key].optimizer.state_dict())
+            _take_state(entry, kept[entry.key].optimizer.state_dict()["state"])
         result.append(entry)
     return result
 
@@ -91,9 +91,12 @@ def optimizer_states(optimizers: Sequence[GroupOptimizer]) -> dict[str, Any]:
 def load_optimizer_states(optimizers: Sequence[GroupOptimizer], states: Mapping[str, Any]) -> None:
     """Puts back what `optimizer_states` gave."""
     for entry in optimizers:
-        content = entry.optimizer.state_dict()
-        content["state"] = states[entry.key]
-        entry.optimizer.load_state_dict(content)
+        _take_state(entry, states[entry.key])
+
+
+def _take_state(entry: GroupOptimizer, state: Any) -> None:
+    """Momentum and the like alone: rate and weight decay are those of the entry's own group."""
+    entry.optimizer.load_state_dict({**entry.optimizer.state_dict(), "state": state})
 
 
 def _optimizer(group: ParameterGroup, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -30,6 +30,7 @@ from autossl.trainers.base import (
 from autossl.trainers.components.ema import EMATeacher
 from autossl.trainers.loop import LoopOptions, TrainingDiverged, TrainingInterrupted, TrainingLoop
 from autossl.trainers.methods.supervised import Supervised
+from autossl.trainers.optimization import group_optimizers
 from autossl.trainers.phases import Timetable
 from toys import toy_batch, toy_job
 
@@ -227,6 +228,21 @@ def test_reinitialize_gives_fresh_weights_at_the_border(tmp_path: Path) -> None:
     assert not torch.equal(fresh[weight], trained[weight])
     assert not torch.equal(fresh[weight], initial[weight]), "another draw than the first"
     assert not any(entry.optimizer.state for entry in loop._optimizers), "momentum starts anew"
+
+
+def test_a_phase_with_another_weight_decay_keeps_the_momentum_and_takes_its_own_decay() -> None:
+    parts = Supervised(toy_job(), Supervised.Settings()).parts
+    phases = [Phase("p", groups=(ParameterGroup("network", weight_decay=decay),)) for decay in (0.1, 0.2)]
+    (first,) = group_optimizers(parts, phases[0])
+    for parameter in first.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    first.optimizer.step()
+    (second,) = group_optimizers(parts, phases[1], [first])
+    assert second.optimizer.param_groups[0]["weight_decay"] == 0.2
+    momentum = [state["momentum_buffer"] for state in second.optimizer.state.values()]
+    assert momentum
+    for buffer, before in zip(momentum, first.optimizer.state.values(), strict=True):
+        assert torch.equal(buffer, before["momentum_buffer"])
 
 
 class NotFinite(Supervised):
