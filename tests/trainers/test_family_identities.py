@@ -28,6 +28,13 @@ from family import (
     zeroed,
 )
 
+LABELS_AND_REGIONS = [
+    pytest.param(name, regions, id=f"{name}-{'regions' if regions else 'labels'}")
+    for name in NAMES
+    for regions in (False, True)
+    if not (regions and METHODS[name].needs.softmax_only)
+]
+
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +97,9 @@ def test_weights_of_zero_leave_the_supervised_terms_alone(name: str) -> None:
             assert_equal_gradients(gradients(method, list(output.losses.values())), gradients(method, labeled))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not METHODS[name].changes_supervised])
 def test_weights_of_zero_are_the_supervised_loss_of_the_same_networks(name: str) -> None:
-    if METHODS[name].changes_supervised:
-        pytest.skip(f"{name} has supervised terms of its own; its own test checks them")
+    """Methods with supervised terms of their own have a test of their own for them."""
     method = make(METHODS[name], **zeroed(METHODS[name]))
     networks = [part for part in method.parts.trained.values() if hasattr(part, "encoder")]
     for at, batch in each_phase(method):
@@ -147,12 +153,9 @@ def assert_same_step(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
     ]
 
 
-@pytest.mark.parametrize("regions", [False, True], ids=["labels", "regions"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "regions"), LABELS_AND_REGIONS)
 def test_what_stands_at_invalid_voxels_does_not_matter(name: str, regions: bool) -> None:
     """Targets under the ignore label, and pseudo-labels outside the image, say something else: nothing changes."""
-    if regions and METHODS[name].needs.softmax_only:
-        pytest.skip(f"{name} needs exclusive labels")
     clean, poisoned = (
         Condition(ignored=True, small_images=True),
         Condition(ignored=True, small_images=True, poison=True),
@@ -211,11 +214,8 @@ def test_reading_a_method_does_not_change_it(name: str) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("regions", [False, True], ids=["labels", "regions"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "regions"), LABELS_AND_REGIONS)
 def test_what_is_deployed_predicts_from_the_saved_weights(name: str, regions: bool, tmp_path: Path) -> None:
-    if regions and METHODS[name].needs.softmax_only:
-        pytest.skip(f"{name} needs exclusive labels")
     method = make(METHODS[name], regions=regions)
     networks = loop_of(method, tmp_path).state()["networks"]
     plan, schema = method.job.configuration, method.job.schema
