@@ -6,7 +6,9 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -20,6 +22,7 @@ from autossl.data.problems import InvalidInput
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
+from autossl.trainers import speed
 from autossl.trainers.base import Phase, Refresh
 from autossl.trainers.loop import TrainingInterrupted
 from autossl.trainers.methods.mean_teacher import MeanTeacher
@@ -247,13 +250,16 @@ def test_fold_all_trains_on_everything_and_has_no_validation(workspace: Workspac
     assert len(result.spec.folds["all"].labeled) == 6
 
 
-def test_hours_become_steps(workspace: Workspace) -> None:
+def test_hours_become_steps(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps_for_hours(1.0, seconds=0.5, n_folds=2) == int(3600 * 0.93 / 2 / 0.5)
     with pytest.raises(InvalidInput, match="time for at least 100 steps"):
         steps_for_hours(0.01, seconds=1.0, n_folds=1)
+    ticks = count()  # a clock by which each step of the trial takes a quarter of a second
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 4))
     with pytest.raises(TrainingInterrupted) as caught:
         train(request(workspace, steps=None, hours=0.01, tag="hours"), TrainHooks(on_step=_stop_at_once))
     assert caught.value.step >= 100
+    assert caught.value.step == steps_for_hours(0.01, seconds=0.25, n_folds=1)
 
 
 def _stop_at_once(fold: str, done: int, total: int, losses: dict[str, float]) -> None:
