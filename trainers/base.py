@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from autossl.data.labels import LabelSchema
+from autossl.data.problems import Problem
 from autossl.networks.prediction import Member, PredictionSpec
 from autossl.planners.plans import ConfigurationPlan
 from autossl.trainers.components.losses import SupervisedLoss
@@ -365,11 +366,21 @@ class SemiSupervisedTrainer:
     changes_supervised: ClassVar[bool] = False
     """True: the supervised terms are not those of `supervised` (mixed images, further decoders), so that weights of 0
     do not give the twin. False: with the weights 0, and `reduces_to_supervised`, a step is the twin's bit for bit."""
+    ablation: ClassVar[Mapping[str, str]] = {}
+    """Settings that switch off what makes the method itself, as text: the row beside it in a comparison."""
 
     def __init__(self, job: Job, settings: MethodSettings) -> None:
         self.job = job
         self.settings = settings
         self.parts = self.build()
+
+    @classmethod
+    def refusals(cls, job: Job, settings: MethodSettings) -> list[Problem]:
+        """What this task lacks, beyond `needs`, with the setting that overrides it where one exists; none: it runs.
+
+        Asked before any work and for each fold. Looks at the task and the settings alone, and builds nothing.
+        """
+        return []
 
     @classmethod
     def total_steps(cls, steps: int, settings: MethodSettings) -> int:
