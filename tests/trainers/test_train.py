@@ -35,6 +35,8 @@ from autossl.trainers.train import TrainHooks, TrainRequest, share_cores, train
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(12, 16, 16))
 PLAN_OPTIONS = PlanOptions(preset="nano", configurations=("2d",))
 
+torch.set_num_threads(1)  # runs that are compared bit by bit take the same number
+
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
