@@ -75,6 +75,7 @@ CONFIDENCE_WITH_GRADIENT = (
 """The same values, but the weight of a voxel pulls at the prediction that it comes from."""
 
 WEIGHTED = '"consistency": weight * consistency'
+MIXING = "components/mixing.py"
 WRONG_TARGET, MISSING_DETACH, FLIPPED_SIGN = "wrong target", "missing detach", "flipped sign"
 EXTRA_DETACH = "a detach too many"
 MUTATIONS = (
@@ -123,7 +124,13 @@ MUTATIONS = (
     ),
     one("entropy_min", EXTRA_DETACH, "self._entropy(z[0][judged],", "self._entropy(z[0][judged].detach(),"),
     one("entropy_min", FLIPPED_SIGN, '"entropy": weight * entropy', '"entropy": -weight * entropy'),
-    one("bcp", WRONG_TARGET, "region_mix_loss(z_1, mask, y_ua, y_la,", "region_mix_loss(z_1, mask, y_ub, y_la,"),
+    one(
+        "bcp",
+        WRONG_TARGET,
+        "region_mix_loss(z_1, mask, y_ua, y_la,",
+        "region_mix_loss(z_1, mask, y_ub, y_la,",
+        MIXING,
+    ),
     Mutation("bcp", MISSING_DETACH, TEACHER_WITH_GRADIENT),
     one("bcp", FLIPPED_SIGN, '"pseudo": alpha * pseudo', '"pseudo": -alpha * pseudo'),
     one(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autossl.data.labels import LabelSchema
 from autossl.trainers.base import Batch, BatchRequest, Job, MethodSettings, Phase, Progress, StepOutput
 from autossl.trainers.components.losses import hard_label_dice, hard_label_loss, one_hot
+from autossl.trainers.components.mixing import mirrored_in_plane
 from autossl.trainers.loop import LoopOptions, TrainingInterrupted, TrainingLoop
 from autossl.trainers.methods.bcp import (
     BIDIRECTIONAL,
@@ -258,9 +259,8 @@ def test_a_single_labeled_patch_is_pasted_into_its_mirror_image(axes: tuple[int,
 
 
 def test_volumes_are_mirrored_in_plane_only() -> None:
-    method = trainer(toy_job(3))
     values = torch.randn(1, 1, 4, 5, 6)
-    assert torch.equal(method._mirrored(values), values.flip(3, 4))
+    assert torch.equal(mirrored_in_plane(values, (0, 1, 2)), values.flip(3, 4))
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1), (3, 2)])

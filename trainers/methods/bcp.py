@@ -6,7 +6,6 @@ import logging
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from autossl.networks.prediction import PredictionSpec
@@ -25,9 +24,8 @@ from autossl.trainers.base import (
     setting,
 )
 from autossl.trainers.components.ema import EMATeacher
-from autossl.trainers.components.losses import region_mix_loss
-from autossl.trainers.components.masks import box_mask, half_size, halves, mix
-from autossl.trainers.components.pseudo import keep_largest, pseudo_label
+from autossl.trainers.components.masks import box_mask, half_size
+from autossl.trainers.components.mixing import CopyPaste, Exchange, pseudo_labels_of, single_component_channels
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +74,7 @@ class BidirectionalCopyPaste(SemiSupervisedTrainer):
         job, decay = self.job, self.settings.ema_decay_max
         student = job.build_network()
         self.teacher = EMATeacher(student, job.ema_decay_max if decay is None else decay)
-        written = job.schema.written_values
-        self.single_component = tuple(written.index(value) for value in job.single_component_classes)
+        self.single_component = single_component_channels(job)
         if any(job.configuration.use_mask_for_norm):
             logger.info("bcp: images are normalized within a mask, so the pasted boxes may have edges at its border")
         return Parts(trained={"network": student}, followers={"teacher": self.teacher.network})
@@ -126,60 +123,33 @@ class BidirectionalCopyPaste(SemiSupervisedTrainer):
 
     def _copy_paste(self, labeled: StreamBatch, at: Progress) -> StepOutput:
         """One half of the labeled patches is pasted into the other; a single patch into its mirror image."""
-        n = half_size(len(labeled), 0)
-        images, targets, valids = (halves(values, n) for values in (labeled.image, labeled.target, labeled.valid))
-        if len(labeled) == 1:
-            images, targets, valids = ((a, self._mirrored(b)) for a, b in (images, targets, valids))
-        mask = self._mask(n, labeled.image, at)
-        z = self.parts.trained["network"](mix(*images, mask))
-        outer, inner = region_mix_loss(
-            z, mask, *targets, valid_out=valids[0], valid_in=valids[1], regions=self.job.schema.has_regions
-        )
-        return StepOutput({"supervised": outer + inner}, {"box_share": (~mask).float().mean()})
+        mask = self._mask(half_size(len(labeled), 0), labeled.image, at)
+        pasted = CopyPaste.of(labeled, mask, self.job.configuration.mirror_axes)
+        z = self.parts.trained["network"](pasted.image)
+        loss = pasted.loss(z, self.job.schema.has_regions)
+        return StepOutput({"supervised": loss}, {"box_share": (~mask).float().mean()})
 
     def _bidirectional(self, labeled: StreamBatch, unlabeled: StreamBatch, at: Progress) -> StepOutput:
-        """Labeled boxes inside unlabeled patches (z_1), and unlabeled boxes inside labeled patches (z_2)."""
-        pseudo_target, confidence, removed_share = self._pseudo_labels(unlabeled.image)
-        n, regions = half_size(len(labeled), len(unlabeled)), self.job.schema.has_regions
-        x_la, x_lb = halves(labeled.image, n)
-        y_la, y_lb = halves(labeled.target, n)
-        v_la, v_lb = halves(labeled.valid, n)
-        x_ua, x_ub = halves(unlabeled.image, n)
-        y_ua, y_ub = halves(pseudo_target, n)
-        v_ua, v_ub = halves(unlabeled.valid, n)
-        mask = self._mask(n, labeled.image, at)
-        z = self.parts.trained["network"](torch.cat([mix(x_ua, x_la, mask), mix(x_lb, x_ub, mask)]))
-        z_1, z_2 = [level[:n] for level in z], [level[n:] for level in z]
-        pseudo_1, true_1 = region_mix_loss(z_1, mask, y_ua, y_la, valid_out=v_ua, valid_in=v_la, regions=regions)
-        true_2, pseudo_2 = region_mix_loss(z_2, mask, y_lb, y_ub, valid_out=v_lb, valid_in=v_ub, regions=regions)
-        # hard labels hide a teacher that is not finite; its confidence does not, and the loop then drops the term
-        pseudo, alpha = pseudo_1 + pseudo_2 + 0 * confidence.mean(), self.settings.alpha
-        acting = torch.cat([mask & v_ua, ~mask & v_ub])
+        """Labeled boxes inside unlabeled patches, and unlabeled boxes inside labeled patches."""
+        regions, alpha = self.job.schema.has_regions, self.settings.alpha
+        q = self.job.probabilities(self.teacher.logits(unlabeled.image))
+        labels = pseudo_labels_of(q, self.single_component if self.settings.largest_component else (), regions)
+        mask = self._mask(half_size(len(labeled), len(unlabeled)), labeled.image, at)
+        exchange = Exchange(labeled, unlabeled, labels, mask)
+        true, pseudo = exchange.loss(self.parts.trained["network"](exchange.image), regions)
         return StepOutput(
-            {"supervised": true_1 + true_2, "pseudo": alpha * pseudo},
+            {"supervised": true, "pseudo": alpha * pseudo},
             {
                 "pseudo": pseudo.detach(),
                 "pseudo_weight": alpha,
-                "pseudo_share": acting.float().mean(),
-                "pseudo_foreground_share": (pseudo_target > 0).float().mean(),
-                "removed_share": removed_share,
+                "pseudo_share": exchange.pseudo_share,
+                "pseudo_foreground_share": (labels.target > 0).float().mean(),
+                "removed_share": labels.removed_share,
                 "box_share": (~mask).float().mean(),
             },
         )
-
-    def _pseudo_labels(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's labels without islands, its confidence, and the share of the voxels that were removed."""
-        regions = self.job.schema.has_regions
-        labels, confidence = pseudo_label(self.job.probabilities(self.teacher.logits(image)), regions)
-        cleaned = keep_largest(labels, self.single_component) if self.settings.largest_component else labels
-        return cleaned, confidence, (cleaned != labels).float().mean()
 
     def _mask(self, n: int, image: Tensor, at: Progress) -> Tensor:
         """One box for all samples, false inside."""
         shape = image.shape[2:]
         return box_mask(n, shape, at.generator("box"), self.settings.box_fraction, device=image.device)
-
-    def _mirrored(self, values: Tensor) -> Tensor:
-        """Mirrored along those in-plane axes (the last two) along which the plan mirrors."""
-        dims = values.ndim - 2
-        return values.flip([axis - dims for axis in self.job.configuration.mirror_axes if axis >= dims - 2])
