@@ -41,7 +41,7 @@ def box_mask(
     sides = [size if size < SHORT_AXIS else round(fraction * size) for size in shape]
     mask = torch.ones(1 if shared else n, 1, *shape, dtype=torch.bool)
     for row in mask:
-        row[0][_placed(sides, shape, generator)] = False
+        row[0][placed_box(sides, shape, generator)] = False
     return mask.expand(n, *mask.shape[1:]).to(device)
 
 
@@ -122,7 +122,7 @@ def cutmix_box(
             sides.append(_first_side(share, shape[0], drawn[2], None if through_plane_free else aspect))
             share = min(1.0, share * shape[0] / sides[0])
         sides += _plane_sides(share, shape[-2:], drawn[3], aspect)
-        place = _placed(sides, shape, generator)
+        place = placed_box(sides, shape, generator)
         if drawn[0] < p:
             row[0][place] = False
     return mask.to(device)
@@ -159,7 +159,7 @@ def derangement(n: int, generator: torch.Generator) -> Tensor:
     return partner
 
 
-def _placed(sides: Sequence[int], shape: Sequence[int], generator: torch.Generator) -> Slices:
+def placed_box(sides: Sequence[int], shape: Sequence[int], generator: torch.Generator) -> Slices:
     """A box of these sides at a uniform place in the patch."""
     starts = [
         int(torch.randint(size - side + 1, (), generator=generator)) for side, size in zip(sides, shape, strict=True)
