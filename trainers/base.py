@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from autossl.data.channels import ImageChannels
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import Problem
 from autossl.networks.prediction import Member, PredictionSpec
@@ -79,6 +80,10 @@ class StreamRequest:
     """foreground: nnU-Net's oversampling (labeled only); pseudo_foreground: the same, guided by the named store."""
     store: str | None = None
     """Name of the pseudo-label store whose label maps and confidences come along with the patches."""
+    includes_labeled: bool = False
+    """Patches of labeled cases as well, as if they had no label (unlabeled stream only)."""
+    unmirrored_axes: tuple[int, ...] = ()
+    """Axes of the patch (0 = first) that are not mirrored, though the plan mirrors them."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class StreamBatch:
     attributes: tuple[Mapping[str, str], ...] = ()
     """Per patch: patient, phase, site, … from cases.csv."""
     has_channel: Tensor | None = None
-    """Boolean [B, Ci]: which channels the case really has."""
+    """Boolean [B, Ci]: which channels the case really has; a channel of one value throughout is none. None: all."""
 
     @property
     def image(self) -> Tensor:
@@ -325,11 +330,21 @@ class Job:
     single_component_classes: tuple[int, ...] = ()
     elliptic_classes: tuple[int, ...] = ()
     network_builder: Callable[..., nn.Module] | None = None
+    named_channels: ImageChannels | None = None
+    median_case_shape: tuple[float, float, float] | None = None
+    """Voxels of the median case at the plan's spacing, slices first also in 2D; None: not known."""
+    attribute_values: Mapping[str, int] = field(default_factory=dict)
+    """How many different values the training cases have of each attribute: patient, and the columns of cases.csv."""
 
     @property
     def has_unlabeled(self) -> bool:
         """False: a method trains its labeled-only objective."""
         return self.n_unlabeled > 0
+
+    @property
+    def channels(self) -> ImageChannels:
+        """The image channels by name; by number where they have none."""
+        return self.named_channels or ImageChannels.numbered(self.configuration.n_channels)
 
     def build_network(self, stream: str = "network", **options: Any) -> nn.Module:
         """A network of the plan with deep supervision; `stream` names its initialization draw.
@@ -344,9 +359,12 @@ class Job:
         """Float32 probabilities of full-resolution logits [N, C, *S]: softmax, or sigmoid for regions."""
         return torch.sigmoid(z.float()) if self.schema.has_regions else torch.softmax(z.float(), 1)
 
-    def single_network_prediction(self, name: str) -> PredictionSpec:
-        """The prediction of one network of the plan's own architecture, as most methods deploy it."""
-        member = Member(name=name, architecture=self.configuration.architecture)
+    def single_network_prediction(self, name: str, channels: tuple[int, ...] | None = None) -> PredictionSpec:
+        """The prediction of one network of the plan's own architecture, as most methods deploy it.
+
+        `channels`: those that it sees, in its order; None: all.
+        """
+        member = Member(name=name, architecture=self.configuration.architecture, channels=channels)
         activation: Literal["sigmoid", "softmax"] = "sigmoid" if self.schema.has_regions else "softmax"
         return PredictionSpec(members=(member,), activation=activation, combine="single")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -149,15 +149,19 @@ class BatchMaker:
             )
         with _single_thread():
             labeled = self._stream("labeled", self.streams.labeled, step, request.labeled)
-            unlabeled, pool = None, self._pool(request.unlabeled.store)
+            unlabeled, pool = None, self._pool(request.unlabeled)
             if request.unlabeled.count and pool:
                 unlabeled = self._stream("unlabeled", pool, step, request.unlabeled)
         return Batch(labeled, unlabeled)
 
     # ------------------------------------------------------------------------------------------------- one stream
 
-    def _pool(self, store: str | None) -> Sequence[UnlabeledCase]:
+    def _pool(self, request: StreamRequest) -> Sequence[UnlabeledCase]:
         """The unlabeled cases; those that the store uses, where one is asked for and was made."""
+        store = request.store
+        if request.includes_labeled:
+            hidden = (UnlabeledCase(c.id, c.image, c.nonzero, c.attributes) for c in self.streams.labeled)
+            return (*hidden, *self.streams.unlabeled)
         used = [case for case in self.streams.unlabeled if store in case.stores]
         return used if used or store in self.streams.filled else self.streams.unlabeled
 
@@ -191,7 +195,7 @@ class BatchMaker:
         patch: PatchArrays | None = None
         for view in range(request.views):
             if patch is None or not request.shared_geometry:
-                patch = self._moved(case, place, seeds.of("geometry", view), request.store)
+                patch = self._moved(case, place, seeds.of("geometry", view), request)
                 self._add_maps(sample, patch)
             sample.views.append(self._changed(patch, seeds.of("intensity", view)))
         return sample
@@ -221,12 +225,14 @@ class BatchMaker:
 
     # --------------------------------------------------------------------------------------------------- one patch
 
-    def _moved(self, case: LabeledCase | UnlabeledCase, place: Place, seed: int, store: str | None) -> PatchArrays:
+    def _moved(self, case: LabeledCase | UnlabeledCase, place: Place, seed: int, request: StreamRequest) -> PatchArrays:
         """The final patch after its geometry, intensities untouched."""
+        store = request.store
         if self._augmentation is None:
             return self._read(case, place.final_start, place.sizes.final, store)
         geometric = self._augmentation.geometric
-        geometry: Geometry = geometric.draw(seed)
+        drawn: Geometry = geometric.draw(seed)
+        geometry = replace(drawn, flips=tuple(axis for axis in drawn.flips if axis not in request.unmirrored_axes))
         start, size = (
             (place.start, place.sizes.initial) if geometry.resamples else (place.final_start, place.sizes.final)
         )
@@ -303,7 +309,7 @@ class BatchMaker:
             pseudo_weights=weights,
             signed_distances=self._distances(maps[0]) if is_labeled and maps and self.signed_distance else None,
             attributes=tuple(s.case.attributes for s in samples),
-            has_channel=torch.ones((len(samples), channels), dtype=torch.bool),
+            has_channel=torch.tensor([self._reader.has_channel(s.case.image) for s in samples]).reshape(-1, channels),
         )
 
     def _distances(self, targets: Tensor) -> Tensor:
@@ -336,6 +342,8 @@ def _check(stream: str, request: StreamRequest) -> None:
         raise ValueError(f"the {stream} stream has the samplers {samplers}, not {request.sampler!r}")
     if stream == "labeled" and request.store is not None:
         raise ValueError(f"the labeled stream has no pseudo-label stores, but '{request.store}' was requested")
+    if request.includes_labeled and (stream == "labeled" or request.store is not None):
+        raise ValueError("labeled cases can be included in the unlabeled stream only, and without a store")
     if request.sampler == "pseudo_foreground" and request.store is None:
         raise ValueError("the sampler pseudo_foreground needs the name of a pseudo-label store")
     if request.count < 0 or request.views < 1:

@@ -147,7 +147,19 @@ class RunSetup:
             single_component_classes=statistics.single_component_classes,
             elliptic_classes=statistics.elliptic_classes,
             network_builder=NetworkBuilder(plan, self.schema.n_outputs),
+            named_channels=self.description.channels,
+            median_case_shape=median_case_shape(self.plans, plan),
+            attribute_values=self._attribute_values(cases),
         )
+
+    def _attributes(self, case: str) -> dict[str, str]:
+        return {"patient": self._cases[case].patient, **self._cases[case].attributes}
+
+    def _attribute_values(self, fold: Fold) -> dict[str, int]:
+        """Different values of each attribute among the fold's training cases; blanks do not count."""
+        rows = [self._attributes(case) for case in (*fold.labeled, *fold.unlabeled)]
+        names = sorted({name for row in rows for name in row})
+        return {name: len({row.get(name, "").strip() for row in rows} - {""}) for name in names}
 
     def streams(self, fold: str) -> Streams:
         """Paths of what the fold may see: no label path of an unlabeled case exists in here."""
@@ -155,9 +167,6 @@ class RunSetup:
 
         def nonzero(case: str) -> Path | None:
             return self.store.nonzero_path(case) if masked else None
-
-        def attributes(case: str) -> dict[str, str]:
-            return {"patient": self._cases[case].patient, **self._cases[case].attributes}
 
         return Streams(
             labeled=tuple(
@@ -167,12 +176,12 @@ class RunSetup:
                     label=self.store.label_path(case),
                     locations=self.store.locations_path(case),
                     nonzero=nonzero(case),
-                    attributes=attributes(case),
+                    attributes=self._attributes(case),
                 )
                 for case in cases.labeled
             ),
             unlabeled=tuple(
-                UnlabeledCase(case, self.store.image_path(case), nonzero(case), attributes(case))
+                UnlabeledCase(case, self.store.image_path(case), nonzero(case), self._attributes(case))
                 for case in cases.unlabeled
             ),
         )
@@ -233,6 +242,12 @@ class NetworkBuilder:
             out_channels or self.n_outputs,
             seed=seed,
         )
+
+
+def median_case_shape(plans: Plans, plan: ConfigurationPlan) -> tuple[float, float, float]:
+    """Voxels of the median stored case, slices first; in 2D these are not resampled, so their number is the image's."""
+    slices, rows, columns = (float(plans.original_median_shape_after_transp[0]), *plan.median_image_size_in_voxels)[-3:]
+    return slices, rows, columns
 
 
 def channel_stds(plans: Plans, plan: ConfigurationPlan) -> tuple[float, ...]:

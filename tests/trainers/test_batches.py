@@ -117,6 +117,42 @@ def test_unaugmented_patches_are_the_case_at_the_place_that_the_center_tells(sto
             np.testing.assert_array_equal(labeled.target[b, 0], expected)
 
 
+def test_labeled_cases_can_be_seen_as_if_they_had_no_label(store):
+    streams = two_pools(store)
+    plan, request = configuration((8, 10)), StreamRequest(8, views=2, includes_labeled=True)
+    maker = BatchMaker(streams, plan, toy_schema(), seed=0)
+    seen = [maker.make(step, BatchRequest(NONE, request)) for step in range(4)]
+    assert {name for batch in seen for name in batch.unlabeled.case_ids} == {"l0", "l1", "l2", "u0", "u1", "u2"}
+    assert all(batch.unlabeled.targets is None for batch in seen)
+    assert all(len(batch.labeled) == 0 for batch in seen)
+    blind = replace(streams, labeled=tuple(replace(case, label=Path("nowhere")) for case in streams.labeled))
+    again = BatchMaker(blind, plan, toy_schema(), seed=0).make(0, BatchRequest(NONE, request))
+    assert same(seen[0], again), "no label file was opened"
+    alone = BatchMaker(replace(streams, unlabeled=()), plan, toy_schema(), seed=0)
+    assert set(alone.make(0, BatchRequest(NONE, request)).unlabeled.case_ids) <= {"l0", "l1", "l2"}
+    with pytest.raises(ValueError, match="unlabeled stream only"):
+        maker.make(0, BatchRequest(request, NONE))
+
+
+def test_axes_that_are_not_mirrored(store):
+    """The other axis is, and all else that is drawn stays as it was."""
+    streams = two_pools(store, (8, 8, 8))
+    maker = without_intensity(BatchMaker(streams, configuration((8, 8, 8)), toy_schema(), seed=3))
+
+    def patches(*unmirrored: int) -> list[Tensor]:
+        request = BatchRequest(NONE, StreamRequest(8, unmirrored_axes=unmirrored))
+        return [image for step in range(6) for image in maker.make(step, request).unlabeled.image]
+
+    found = {"usual": 0, "kept": 0}
+    for usual, kept, still in zip(patches(), patches(0, 2), patches(0, 1, 2), strict=True):
+        assert any(torch.equal(kept, each) for each in (still, still.flip(2)))
+        assert any(torch.equal(usual, kept.flip(axes)) for axes in ([], [1], [3], [1, 3]))
+        found["usual"] += not torch.equal(usual, kept)
+        found["kept"] += not torch.equal(kept, still)
+    assert found["usual"] > 24
+    assert 12 < found["kept"] < 36
+
+
 def test_labels_follow_codes_through_mirroring(store):
     """A patch that is flipped only holds the same voxels as the case, and each voxel keeps its label."""
     streams = two_pools(store, (4, 8, 8), n=1)
