@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_weights import tiny_weights_file
 from torch import Tensor, nn
 
 from autossl.data.labels import LabelSchema
@@ -59,12 +60,24 @@ KINDS = {
     "anisotropic": Kind((8, 48, 40), ((1, 2, 2), (2, 2, 2), (2, 2, 2)), (4.0, 1.0, 1.0), batch=1),
 }
 TINY_2D = Kind((32, 32))
-TINY_3D = Kind((16, 16, 16), batch=1)
+TINY_3D = Kind((16, 16, 16))
+NEEDED: dict[str, Callable[[], dict[str, str]]] = {"m_and_n": lambda: {"weights": str(tiny_weights_file())}}
+"""By method: what `needed_settings` gives."""
 
 
 def tiny(method: type[SemiSupervisedTrainer]) -> Kind:
     """The smallest plan that the method takes."""
     return TINY_2D if 2 in method.needs.dims else TINY_3D
+
+
+def configuration_name(method: type[SemiSupervisedTrainer]) -> str:
+    """The configuration of a planned data set that the method takes."""
+    return "2d" if 2 in method.needs.dims else "3d_fullres"
+
+
+def needed_settings(name: str) -> dict[str, str]:
+    """Settings, as text, without which the method refuses a toy task, such as local files that the tests make."""
+    return NEEDED[name]() if name in NEEDED else {}
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
@@ -87,7 +100,8 @@ def make(
 
     def built(steps: int) -> SemiSupervisedTrainer:
         job = toy_job(n_unlabeled=n_unlabeled, total_steps=steps, seed=SEED, configuration=configuration, schema=schema)
-        return method(replace(job, single_component_classes=(1,)), method.Settings(**settings))
+        given: dict[str, Any] = {**needed_settings(method.name), **settings}
+        return method(replace(job, single_component_classes=(1,)), method.Settings(**given))
 
     return built(total if total is not None else shortest(built(100), at_least=3))
 

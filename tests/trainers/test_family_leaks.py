@@ -19,16 +19,19 @@ from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preproces
 from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers.setup import RunSetup, resolve
 from autossl.trainers.train import TrainRequest, train
-from family import METHODS, NAMES, make
+from family import METHODS, NAMES, configuration_name, make, needed_settings
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(10, 40, 40))
+CONFIGURATIONS = ("2d", "3d_fullres")
 PLANTED = b"planted: nothing in training may open this file"
 
 
-def request(workspace: Workspace, method: str = "supervised", steps: int = 3) -> TrainRequest:
+def request(
+    workspace: Workspace, method: str = "supervised", steps: int = 3, configuration: str | None = None
+) -> TrainRequest:
     return TrainRequest(
         PHANTOM.name,
-        "2d",
+        configuration or configuration_name(METHODS[method]),
         ("0",),
         method=method,
         workspace=workspace.root,
@@ -36,6 +39,7 @@ def request(workspace: Workspace, method: str = "supervised", steps: int = 3) ->
         labeled="2",
         device="cpu",
         num_workers=0,
+        settings=needed_settings(method),
     )
 
 
@@ -44,13 +48,13 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace in which all that fold 0 of the budget may not see is garbage, raw and preprocessed."""
     workspace = Workspace(tmp_path_factory.mktemp("leaks"))
     make_phantom_dataset(workspace.raw, PHANTOM)
-    options = PlanOptions(preset="nano", configurations=("2d",))
+    options = PlanOptions(preset="nano", configurations=CONFIGURATIONS)
     plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, options, n_workers=1))
     _make_it_small(workspace.preprocessed_folder(PHANTOM.name) / "plans_nano.json")
-    setup = resolve(request(workspace))
-    paths = forbidden_files(setup)
-    assert len(paths) == 16, [str(path) for path in paths]
-    for path in paths:
+    found = [forbidden_files(resolve(request(workspace, configuration=name))) for name in CONFIGURATIONS]
+    for paths in found:
+        assert len(paths) == 16, [str(path) for path in paths]
+    for path in {path for paths in found for path in paths}:
         path.write_bytes(PLANTED)
     return workspace
 
@@ -58,10 +62,10 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def _make_it_small(plans: Path) -> None:
     """Two patches of each stream and four features: the question is what is read."""
     content = json.loads(plans.read_text(encoding="utf-8"))
-    plan = content["configurations"]["2d"]
-    plan |= {"batch_size": 2, "labeled_batch_size": 2, "unlabeled_batch_size": 2}
-    kwargs = plan["architecture"]["arch_kwargs"]
-    kwargs |= {"features_per_stage": [4] * kwargs["n_stages"]}
+    for plan in content["configurations"].values():
+        plan |= {"batch_size": 2, "labeled_batch_size": 2, "unlabeled_batch_size": 2}
+        kwargs = plan["architecture"]["arch_kwargs"]
+        kwargs |= {"features_per_stage": [4] * kwargs["n_stages"]}
     plans.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ from autossl.trainers.methods.mean_teacher import MeanTeacher
 from autossl.trainers.registry import METHODS
 from autossl.trainers.setup import RunSetup, resolve
 from autossl.trainers.train import TrainRequest, train
-from family import family_batch, make
+from family import configuration_name, family_batch, make, needed_settings
 from toys import toy_architecture, toy_configuration
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(8, 32, 32))
@@ -147,7 +147,7 @@ def test_the_small_patch_keeps_the_shape_of_the_network() -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("memory"))
     make_phantom_dataset(workspace.raw, PHANTOM)
-    options = PlanOptions(preset="nano", configurations=("2d",))
+    options = PlanOptions(preset="nano", configurations=("2d", "3d_fullres"))
     plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, options, n_workers=1))
     return workspace
 
@@ -206,7 +206,8 @@ def test_a_small_card_gets_fewer_unlabeled_patches_and_run_json_says_why(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_tried(name: str, workspace: Workspace) -> None:
-    setup = resolve(request(workspace, method=name))
+    asked = replace(request(workspace, method=name), settings=needed_settings(name))
+    setup = resolve(replace(asked, configuration=configuration_name(METHODS[name])))
     factor = MemoryTrial(setup, "0").factor(2)
     assert 0.5 < factor < 12
     if name == "supervised":
