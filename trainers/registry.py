@@ -13,11 +13,16 @@ from autossl.trainers.methods.bcp import BidirectionalCopyPaste
 from autossl.trainers.methods.cps import CPS
 from autossl.trainers.methods.dtc import DualTaskConsistency
 from autossl.trainers.methods.entropy_min import EntropyMinimization
+from autossl.trainers.methods.ersr import EllipseRefinement
 from autossl.trainers.methods.fixmatch import FixMatch
+from autossl.trainers.methods.mcl_cs import MultiscaleContrast
 from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
+from autossl.trainers.methods.medl import MutualEvidential
 from autossl.trainers.methods.self_training import SelfTraining
+from autossl.trainers.methods.spcl import SelfPacedContrast
 from autossl.trainers.methods.supervised import Supervised
+from autossl.trainers.methods.transmedseg import TransMedSeg
 from autossl.trainers.methods.uamt import UncertaintyAwareMeanTeacher
 from autossl.trainers.methods.unimatch import UniMatch
 from autossl.trainers.methods.urpc import PyramidConsistency
@@ -35,6 +40,11 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
     "cps": CPS,
+    "ersr": EllipseRefinement,
+    "spcl": SelfPacedContrast,
+    "mcl_cs": MultiscaleContrast,
+    "medl": MutualEvidential,
+    "transmedseg": TransMedSeg,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
