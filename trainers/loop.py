@@ -346,6 +346,7 @@ class TrainingLoop:
         return {
             **parts_state(self.method.parts),
             "prediction": self.method.prediction().to_json(),
+            "alternatives": {name: spec.to_json() for name, spec in self.method.alternative_predictions().items()},
             "optimizers": optimizer_states(self._optimizers),
             "scaler": self._scaler.state_dict(),
             "log": self._means.state(),

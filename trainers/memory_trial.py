@@ -158,7 +158,7 @@ class MemoryTrial:
         self._setup, self._fold = setup, fold
         self._patch = small_patch(plan)
         self._scale = scale_up(plan, self._patch)
-        self._supervised = self._bytes(Supervised, MethodSettings(), plan.unlabeled_batch_size)
+        self._supervised = self._bytes(Supervised, Supervised.Settings(), plan.unlabeled_batch_size)
 
     def factor(self, unlabeled_batch_size: int) -> float:
         """Memory of a step of the method / of a supervised step, on the plan's patch."""

@@ -21,6 +21,8 @@ from autossl.trainers.sampling import Locations
 
 MAX_OPEN = 128
 """Arrays that one process keeps open; beyond it the least recently used one is closed."""
+SAME = 1e-5
+"""Values of a channel that differ by less, relative to their size, are one value that was resampled."""
 MAX_LOCATIONS = 10_000
 """Voxels per class that are kept of a pseudo-label map."""
 
@@ -66,6 +68,18 @@ class CaseReader:
         padded[..., z, y, x] = found
         return padded
 
+    def has_channel(self, path: Path) -> tuple[bool, ...]:
+        """Which channels of a stored image hold anything: one that has a single value throughout is missing.
+
+        Looked up once per case and process: a plane from the middle of each channel, all of it only where that tells
+        nothing.
+        """
+        self._renew_after_fork()
+        if path not in self._has_channel:
+            array = self._opened(path)
+            self._has_channel[path] = _explained(path, lambda: _channels_with_content(array))
+        return self._has_channel[path]
+
     def locations(self, path: Path) -> Locations:
         """Voxel coordinates per class, as preprocessing stored them."""
         self._renew_after_fork()
@@ -93,6 +107,7 @@ class CaseReader:
         self._open = lru_cache(self.max_open)(open_array)
         self._load_locations = lru_cache(self.max_open)(read_class_locations)
         self._scan = lru_cache(self.max_open)(_scan_map)
+        self._has_channel: dict[Path, tuple[bool, ...]] = {}
 
 
 def _scan_map(path: Path, confidence: Path, names: tuple[tuple[str, tuple[int, ...]], ...]) -> Locations:
@@ -104,6 +119,18 @@ def _scan_map(path: Path, confidence: Path, names: tuple[tuple[str, tuple[int, .
             voxels = np.random.default_rng(0).choice(voxels, MAX_LOCATIONS, replace=False)
         found[name] = voxels.astype(np.int32)
     return found
+
+
+def _channels_with_content(array: Any) -> tuple[bool, ...]:
+    """Per channel of [C, z, y, x] whether its values differ."""
+    n_channels, n_planes = array.shape[:2]
+    middle = slice(n_planes // 2, n_planes // 2 + 1)
+    return tuple(_differ(array[c : c + 1, middle]) or _differ(array[c : c + 1]) for c in range(n_channels))
+
+
+def _differ(values: npt.NDArray[Any]) -> bool:
+    low, high = float(values.min()), float(values.max())
+    return high - low > SAME * max(abs(low), abs(high))
 
 
 def _explained(path: Path, action: Callable[[], Any]) -> Any:

@@ -49,8 +49,12 @@ def validate_fold(
     Writes `validation/CASE.<ending>`, `validation/summary.json`, and the same for each alternative prediction in
     `validation_<name>/`.
     """
-    networks = read_checkpoint(folder / CHECKPOINT_FINAL)["networks"]
-    specs = {"": method.prediction(), **method.alternative_predictions()}
+    content = read_checkpoint(folder / CHECKPOINT_FINAL)
+    networks, specs = content["networks"], {"": PredictionSpec.from_json(content["prediction"])}
+    if "alternatives" in content:  # what the weights decided, a method that was just built does not know
+        specs |= {name: PredictionSpec.from_json(spec) for name, spec in content["alternatives"].items()}
+    else:
+        specs |= method.alternative_predictions()
     n_cases = len(setup.folds[fold].validation)
     summaries = {}
     for index, (name, spec) in enumerate(specs.items()):

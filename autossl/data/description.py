@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from autossl.data.channels import ImageChannels
 from autossl.data.files import read_json
 from autossl.data.image_io import FILE_ENDINGS
 from autossl.data.labels import LabelSchema
@@ -66,6 +67,11 @@ class DatasetDescription(BaseModel):
         """Image channels."""
         return len(self.channel_names)
 
+    @property
+    def channels(self) -> ImageChannels:
+        """Channels and their groups by name."""
+        return ImageChannels(tuple(self.channel_names.values()), self.channel_groups or {})
+
     def label_schema(self) -> LabelSchema:
         """Labels, or regions where a name stands for several values."""
         return LabelSchema(self._values_by_name(), self.regions_class_order if self._has_regions() else None)
@@ -117,6 +123,10 @@ class DatasetDescription(BaseModel):
             for name, channels in (self.channel_groups or {}).items()
             for channel in channels
             if channel not in self.channel_names
+        ] + [
+            f"channel_groups: '{name}' needs channels, each once"
+            for name, channels in (self.channel_groups or {}).items()
+            if not channels or len(set(channels)) < len(channels)
         ]
 
 

@@ -28,7 +28,11 @@ class EMATeacher:
     @torch.no_grad()
     def update(self, student: nn.Module, step: int, ramp_in: bool = True) -> None:
         """teacher ← decay·teacher + (1 - decay)·student; buffers are copied. `step` counts from 0."""
-        decay = ema_decay(step, self.decay_max, ramp_in)
+        self.follow(student, ema_decay(step, self.decay_max, ramp_in))
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module, decay: float) -> None:
+        """The same with a decay of one's own."""
         teacher_weights = [weight.detach() for weight in self.network.parameters()]
         student_weights = [weight.detach().float() for weight in student.parameters()]
         torch._foreach_lerp_(teacher_weights, student_weights, 1.0 - decay)
