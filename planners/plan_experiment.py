@@ -295,15 +295,28 @@ def _configuration_plan(
         mirror_axes=axes,
         labeled_batch_size=batch,
         unlabeled_batch_size=batch,
+        learning_rate=preset.learning_rate,
+        momentum=preset.momentum,
     )
     why |= size.why | semi_supervised.batch_reasons(batch, facts.n_unlabeled)
-    why |= {"batch_dice": dice_why, "mirror_axes": axes_why}
+    why |= {"batch_dice": dice_why, "mirror_axes": axes_why} | _optimizer_reasons(preset)
     why["median_image_size_in_voxels"] = f"median of {facts.n_labeled} labeled cases after the crop, at this spacing"
     why["architecture.network_class_name"] = f"preset {preset.name}: {preset.title}"
     why["resampling_fn_data"] = (
         "image order 3, label map order 1; nearest through-plane where spacing differs over 3-fold"
     )
     return plan, why
+
+
+def _optimizer_reasons(preset: Preset) -> dict[str, str]:
+    if preset.total_steps is None:
+        return {"learning_rate": "nnU-Net's", "momentum": "nnU-Net's"}
+    return {
+        "learning_rate": f"with momentum {preset.momentum} a lasting gradient moves weights as far as with nnU-Net's "
+        "rate of 0.01 and momentum of 0.99",
+        "momentum": "0.99 averages 100 steps, and in a short run a small network may then predict one class alone until "
+        "the end",
+    }
 
 
 def _normalization(facts: DatasetFacts) -> tuple[tuple[str, ...], tuple[bool, ...], dict[str, str]]:

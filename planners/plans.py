@@ -121,6 +121,10 @@ class ConfigurationPlan(_Schema):
     """Axes of the patch (0 = first spatial axis) that may be mirrored, in training and in prediction."""
     labeled_batch_size: int = Field(ge=1)
     unlabeled_batch_size: int = Field(ge=1)
+    learning_rate: float = Field(default=1e-2, gt=0, le=1)
+    """Of SGD, at the first step; the defaults are nnU-Net's."""
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    """Nesterov's."""
 
     @field_validator("patch_size")
     @classmethod

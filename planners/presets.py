@@ -56,6 +56,9 @@ class Preset:
     """By spatial dimensions."""
     total_steps: int | None = None
     """None: by the number of labeled patients."""
+    learning_rate: float = 1e-2
+    momentum: float = 0.99
+    """Of SGD with Nesterov's momentum; the defaults are nnU-Net's."""
     shares_data_of: str | None = None
     """Plans whose data folders of 2d and 3d_fullres are used, as nnU-Net's planners of residual networks do."""
 
@@ -129,6 +132,8 @@ PRESETS: dict[str, Preset] = {
             base_features=8,
             max_features={2: 128, 3: 128},
             total_steps=1500,
+            learning_rate=0.1,
+            momentum=0.9,
         ),
     )
 }

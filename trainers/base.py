@@ -205,12 +205,13 @@ def poly_over_phase(at: Progress) -> float:
 class ParameterGroup:
     """Parameters whose dotted name in `Parts.trained` starts with the prefix, and how they are optimized.
 
-    Defaults are nnU-Net's: SGD, Nesterov momentum 0.99, rate 0.01, weight decay 3e-5, gradient norm clipped at 12.
+    Defaults are nnU-Net's: SGD with Nesterov momentum, weight decay 3e-5, gradient norm clipped at 12.
     """
 
     prefix: str
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
+    """At the start; None: the plan's, which is meant for SGD."""
     weight_decay: float = 3e-5
     factor: Callable[[Progress], float] = poly_over_run
     """The rate at a step is learning_rate × factor(at)."""

@@ -32,6 +32,7 @@ from autossl.trainers.checkpoints import load_parts_state, parts_state, write_ch
 from autossl.trainers.gradient_share import gradient_shares, measuring_interval
 from autossl.trainers.optimization import (
     GroupOptimizer,
+    PlannedOptimizer,
     group_optimizers,
     load_optimizer_states,
     optimizer_states,
@@ -139,6 +140,8 @@ class TrainingLoop:
         self._dropped_terms: dict[str, int] = {}
         self._means = IntervalMeans()
         self._optimizers: list[GroupOptimizer] = []
+        plan = method.job.configuration
+        self._planned = PlannedOptimizer(plan.learning_rate, plan.momentum)
         self._rates: dict[str, float] = {}
         self._scaler = torch.amp.GradScaler("cuda", enabled=self._on_cuda)
         if self.timetable.refreshes and refresh is None:
@@ -225,7 +228,7 @@ class TrainingLoop:
         if index != self._entered:
             phase = self.timetable.spans[index].phase
             self._reinitialize(phase)
-            self._optimizers = group_optimizers(self.method.parts, phase, self._optimizers)
+            self._optimizers = group_optimizers(self.method.parts, phase, self._optimizers, self._planned)
             self.method.on_phase(phase, self.timetable.progress(self.step))
             self._entered = index
         return False
@@ -370,7 +373,7 @@ class TrainingLoop:
         self._entered = progress["entered_phase"]
         if self._entered >= 0:
             phase = self.timetable.spans[self._entered].phase
-            self._optimizers = group_optimizers(self.method.parts, phase)
+            self._optimizers = group_optimizers(self.method.parts, phase, planned=self._planned)
             load_optimizer_states(self._optimizers, state["optimizers"])
         self._scaler.load_state_dict(state["scaler"])
         self._means.load(state["log"])

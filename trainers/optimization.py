@@ -12,11 +12,20 @@ from torch import Tensor, nn
 from autossl.trainers.base import ParameterGroup, Parts, Phase, Progress
 
 
+@dataclass(frozen=True)
+class PlannedOptimizer:
+    """What the plan says of SGD; the defaults are nnU-Net's."""
+
+    learning_rate: float = 1e-2
+    momentum: float = 0.99
+
+
 @dataclass
 class GroupOptimizer:
     """A parameter group with the optimizer that moves it."""
 
     group: ParameterGroup
+    learning_rate: float
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
 
@@ -32,7 +41,7 @@ class GroupOptimizer:
 
     def set_rate(self, at: Progress) -> float:
         """Sets and returns the learning rate of the step."""
-        rate = self.group.learning_rate * self.group.factor(at)
+        rate = self.learning_rate * self.group.factor(at)
         for entry in self.optimizer.param_groups:
             entry["lr"] = rate
         return rate
@@ -55,7 +64,12 @@ def default_groups(parts: Parts) -> tuple[ParameterGroup, ...]:
     )
 
 
-def group_optimizers(parts: Parts, phase: Phase, previous: Sequence[GroupOptimizer] = ()) -> list[GroupOptimizer]:
+def group_optimizers(
+    parts: Parts,
+    phase: Phase,
+    previous: Sequence[GroupOptimizer] = (),
+    planned: PlannedOptimizer = PlannedOptimizer(),
+) -> list[GroupOptimizer]:
     """The optimizers of a phase; groups that the phase before had with the same optimizer keep their state.
 
     Raises:
@@ -76,7 +90,8 @@ def group_optimizers(parts: Parts, phase: Phase, previous: Sequence[GroupOptimiz
         if taken & {id(p) for p in parameters}:
             raise ValueError(f"phase '{phase.name}': '{group.prefix}' shares parameters with another group")
         taken |= {id(p) for p in parameters}
-        entry = GroupOptimizer(group, parameters, _optimizer(group, parameters))
+        rate = planned.learning_rate if group.learning_rate is None else group.learning_rate
+        entry = GroupOptimizer(group, rate, parameters, _optimizer(group, parameters, rate, planned.momentum))
         if entry.key in kept:
             _take_state(entry, kept[entry.key].optimizer.state_dict()["state"])
         result.append(entry)
@@ -99,9 +114,11 @@ def _take_state(entry: GroupOptimizer, state: Any) -> None:
     entry.optimizer.load_state_dict({**entry.optimizer.state_dict(), "state": state})
 
 
-def _optimizer(group: ParameterGroup, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    group: ParameterGroup, parameters: list[nn.Parameter], rate: float, momentum: float
+) -> torch.optim.Optimizer:
     if group.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=group.learning_rate, weight_decay=group.weight_decay)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=group.weight_decay)
     return torch.optim.SGD(
-        parameters, lr=group.learning_rate, momentum=0.99, nesterov=True, weight_decay=group.weight_decay
+        parameters, lr=rate, momentum=momentum, nesterov=momentum > 0, weight_decay=group.weight_decay
     )

@@ -177,6 +177,8 @@ def test_every_decision_has_its_reason(facts: DatasetFacts, preset: str) -> None
             "labeled_batch_size",
             "unlabeled_batch_size",
             "batch_dice",
+            "learning_rate",
+            "momentum",
         )
         fields += ("normalization_schemes", "use_mask_for_norm", "mirror_axes", "median_image_size_in_voxels")
         fields += tuple(f"architecture.arch_kwargs.{k}" for k in ("strides", "kernel_sizes", "features_per_stage"))

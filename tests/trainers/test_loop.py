@@ -30,9 +30,9 @@ from autossl.trainers.base import (
 from autossl.trainers.components.ema import EMATeacher
 from autossl.trainers.loop import LoopOptions, TrainingDiverged, TrainingInterrupted, TrainingLoop
 from autossl.trainers.methods.supervised import Supervised
-from autossl.trainers.optimization import group_optimizers
+from autossl.trainers.optimization import PlannedOptimizer, group_optimizers
 from autossl.trainers.phases import Timetable
-from toys import toy_batch, toy_job
+from toys import toy_batch, toy_configuration, toy_job
 
 
 class ToySource:
@@ -243,6 +243,19 @@ def test_a_phase_with_another_weight_decay_keeps_the_momentum_and_takes_its_own_
     assert momentum
     for buffer, before in zip(momentum, first.optimizer.state.values(), strict=True):
         assert torch.equal(buffer, before["momentum_buffer"])
+
+
+def test_the_plan_gives_the_rate_and_the_momentum_of_groups_that_do_not_name_a_rate(tmp_path: Path) -> None:
+    configuration = toy_configuration().model_copy(update={"learning_rate": 0.05, "momentum": 0.9})
+    method = Supervised(toy_job(configuration=configuration), Supervised.Settings())
+    loop = TrainingLoop(method, ToySource(method.job), tmp_path, LoopOptions(4, seed=3))
+    loop._refresh_and_enter_phase()
+    (entry,) = loop._optimizers
+    assert entry.set_rate(Progress(0, 4)) == 0.05
+    assert entry.optimizer.param_groups[0]["momentum"] == 0.9
+    named = Phase("p", groups=(ParameterGroup("network", "adamw", learning_rate=1e-4),))
+    (entry,) = group_optimizers(method.parts, named, planned=PlannedOptimizer(0.05, 0.9))
+    assert entry.set_rate(Progress(0, 4)) == 1e-4
 
 
 class NotFinite(Supervised):
