@@ -15,6 +15,7 @@ from autossl.trainers.methods.dtc import DualTaskConsistency
 from autossl.trainers.methods.entropy_min import EntropyMinimization
 from autossl.trainers.methods.ersr import EllipseRefinement
 from autossl.trainers.methods.fixmatch import FixMatch
+from autossl.trainers.methods.m3hl import MutualMaskMix
 from autossl.trainers.methods.mcl_cs import MultiscaleContrast
 from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
@@ -45,6 +46,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "mcl_cs": MultiscaleContrast,
     "medl": MutualEvidential,
     "transmedseg": TransMedSeg,
+    "m3hl": MutualMaskMix,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
