@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -137,24 +138,55 @@ def reflect(v: Tensor, center: Tensor, normal: Tensor) -> Tensor:
     return v - 2 * ((v - center) @ n)[..., None] * n
 
 
-def mirror_image(x: Tensor, center: Tensor, normal: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
-    """An image [c, *S] mirrored like `reflect`: nearest sampling, clamped at the border; gradients flow through.
+@dataclass(frozen=True)
+class MirrorPlanes:
+    """One line (2D) or plane (3D) for each of N patches, at which they are mirrored: nearest sampling."""
 
-    Args:
-        x: any type.
-        center: [d], in mm from the center of the first voxel (in voxels without `spacing`).
-        normal: [d], in the same axes.
-        spacing: mm per axis; None: 1 each.
-    """
-    size = x.shape[1:]
-    unit = torch.tensor(spacing or (1.0,) * len(size), dtype=torch.float64, device=x.device)
-    axes = [torch.arange(n, dtype=torch.float64, device=x.device) for n in size]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) * unit
-    seen = (reflect(places, center.to(places), normal.to(places)) / unit).round().long()
-    flat = torch.zeros(size, dtype=torch.long, device=x.device)
-    for axis, n in enumerate(size):
-        flat = flat * n + seen[..., axis].clamp(0, n - 1)
-    return x.flatten(1)[:, flat]
+    source: Tensor
+    """Int64 [N, V]: for each voxel of the patch the flat index of its mirror image, clamped at the border."""
+    first_half: Tensor
+    """Boolean [N, 1, *S]: (v - center)·normal < 0; the rest, the line itself included, is the second half."""
+    inside: Tensor
+    """Boolean [N, 1, *S]: the mirror image lies in the patch, so nothing was clamped."""
+
+    @classmethod
+    def through(
+        cls, centers: Tensor, normals: Tensor, size: Sequence[int], spacing: Sequence[float] | None = None
+    ) -> MirrorPlanes:
+        """Planes through `centers` [N, d] across `normals` [N, d] for patches [*S] = `size`.
+
+        Args:
+            centers: in mm from the center of the first voxel (in voxels without `spacing`).
+            normals: in the same axes, of any length but 0; a component of 0 leaves that axis as it is.
+            size: S.
+            spacing: mm per axis; None: 1 each.
+        """
+        device = centers.device
+        unit = torch.tensor(spacing or (1.0,) * len(size), dtype=torch.float64, device=device)
+        last = torch.tensor(size, device=device) - 1
+        strides = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
+        axes = [torch.arange(n, dtype=torch.float64, device=device) for n in size]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2) * unit
+        sources, first, inside = [], [], []
+        for center, normal in zip(centers.to(unit), normals.to(unit), strict=True):
+            seen = (reflect(places, center, normal) / unit).round().long()
+            clamped = seen.clamp(min=torch.zeros_like(last), max=last)
+            sources.append((clamped * torch.tensor(strides, device=device)).sum(-1))
+            inside.append((seen == clamped).all(-1))
+            first.append((places - center) @ normal < 0)
+        shape = (len(centers), 1, *size)
+        return cls(torch.stack(sources), torch.stack(first).view(shape), torch.stack(inside).view(shape))
+
+    def mirror(self, x: Tensor) -> Tensor:
+        """Mirror images of x [N, c, *S], any type; gradients flow through."""
+        flat = x.flatten(2)
+        return flat.gather(2, self.source[:, None].expand(-1, x.shape[1], -1)).view_as(x)
+
+
+def mirror_image(x: Tensor, center: Tensor, normal: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
+    """One image [c, *S] mirrored like `reflect`: `MirrorPlanes` for a single patch, with `center` and `normal` [d]."""
+    planes = MirrorPlanes.through(center[None].to(x.device), normal[None].to(x.device), x.shape[1:], spacing)
+    return planes.mirror(x[None])[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- band
