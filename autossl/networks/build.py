@@ -105,6 +105,30 @@ def residual_twin(architecture: Architecture) -> Architecture:
     )
 
 
+def plain_twin(architecture: Architecture) -> Architecture:
+    """A plain U-Net with the stages, strides, kernels and widths of a residual one; a plain one stays as it is.
+
+    Two convolutions per stage, as nnU-Net's plain networks have: as many as the blocks hold would not train without
+    their skips.
+    """
+    if architecture.network_class_name == NETWORK_CLASSES["plain"]:
+        return architecture
+    dropped = ("n_blocks_per_stage", "block", "bottleneck_channels", "stem_channels")
+    kwargs = {key: value for key, value in architecture.arch_kwargs.items() if key not in dropped}
+    kwargs["n_conv_per_stage"] = [2] * kwargs["n_stages"]
+    content = architecture.model_dump(by_alias=True)
+    content["_kw_requires_import"] = [key for key in architecture.kw_requires_import if key not in dropped]
+    return Architecture.model_validate(
+        {**content, "network_class_name": NETWORK_CLASSES["plain"], "arch_kwargs": kwargs}
+    )
+
+
+def other_kind(architecture: Architecture) -> Architecture:
+    """The residual network beside a plain one, the plain one beside a residual one."""
+    is_plain = architecture.network_class_name == NETWORK_CLASSES["plain"]
+    return residual_twin(architecture) if is_plain else plain_twin(architecture)
+
+
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
     """Switches between the list of logits of all levels and the full resolution alone; weights stay."""
     decoder: Any = network.decoder

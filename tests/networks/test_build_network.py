@@ -11,7 +11,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from autossl.data.problems import InvalidInput
-from autossl.networks.build import build_network, residual_twin, set_deep_supervision
+from autossl.networks.build import build_network, other_kind, plain_twin, residual_twin, set_deep_supervision
 from autossl.planners.plans import NETWORK_CLASSES, Architecture
 
 
@@ -111,3 +111,23 @@ def test_residual_twin_of_one_number_for_all_stages_and_of_a_residual_network() 
     twin = residual_twin(architecture(n_conv_per_stage=2))
     assert twin.arch_kwargs["n_blocks_per_stage"] == [1, 1, 1]
     assert residual_twin(twin) is twin
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_plain_twin_has_the_stages_of_the_residual_network(dims: int) -> None:
+    residual = architecture(dims, "resenc", anisotropic=True, n_blocks_per_stage=[1, 3, 4])
+    twin = plain_twin(residual)
+    assert twin.network_class_name == NETWORK_CLASSES["plain"]
+    assert twin.arch_kwargs["n_conv_per_stage"] == [2, 2, 2]
+    same = ("n_stages", "features_per_stage", "strides", "kernel_sizes", "n_conv_per_stage_decoder")
+    assert all(twin.arch_kwargs[key] == residual.arch_kwargs[key] for key in same)
+    image = torch.rand(1, 1, *[16] * dims)
+    levels = [build_network(kind, 1, 3, seed=0)(image) for kind in (residual, twin)]
+    assert [z.shape for z in levels[0]] == [z.shape for z in levels[1]]
+    assert plain_twin(twin) is twin
+
+
+@pytest.mark.parametrize("kind", ["plain", "resenc"])
+def test_the_other_kind_is_always_another_one(kind: str) -> None:
+    own = architecture(kind=kind)
+    assert {own.network_class_name, other_kind(own).network_class_name} == set(NETWORK_CLASSES.values())
