@@ -101,7 +101,13 @@ def make(
     def built(steps: int) -> SemiSupervisedTrainer:
         job = toy_job(n_unlabeled=n_unlabeled, total_steps=steps, seed=SEED, configuration=configuration, schema=schema)
         given: dict[str, Any] = {**needed_settings(method.name), **settings}
-        return method(replace(job, single_component_classes=(1,)), method.Settings(**given))
+        case = replace(
+            job,
+            single_component_classes=(1,),
+            median_case_shape=(10.0 if kind.dims == 2 else 4.0 * kind.patch[0], *map(float, kind.patch[-2:])),
+            attribute_values={"patient": 2, "phase": 2},
+        )
+        return method(case, method.Settings(**given))
 
     return built(total if total is not None else shortest(built(100), at_least=3))
 
@@ -260,7 +266,9 @@ def _stream(method: SemiSupervisedTrainer, request: StreamRequest, step: int, la
     stream = toy_stream(method.job, request.count, step, labeled, request.views)
     attributes = tuple({"patient": f"p{index % 2}", "phase": f"{index % 2}"} for index in range(request.count))
     has_channel = torch.ones((request.count, method.job.configuration.n_channels), dtype=torch.bool)
-    return replace(stream, attributes=attributes, has_channel=has_channel)
+    places = (torch.arange(request.count) + 0.5) / max(1, request.count)
+    centers = torch.stack([places, torch.full_like(places, 0.5), torch.full_like(places, 0.5)], 1)
+    return replace(stream, attributes=attributes, has_channel=has_channel, centers=centers)
 
 
 def _without_last_class(target: Tensor, schema: LabelSchema) -> Tensor:

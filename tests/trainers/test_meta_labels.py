@@ -29,9 +29,8 @@ def positions(bins: PositionBins, *centers: Sequence[float]) -> list[int]:
 
 
 def test_first_and_last_slice_have_the_first_and_last_bin() -> None:
-    bins = position_bins((64, 64), (10, 64, 64), mirror_axes=(0, 1))
+    bins = position_bins((64, 64), (10, 64, 64))
     assert bins.counts == (8, 1, 1)
-    assert bins.folded[0] is False, "slices of a 2D patch are not mirrored"
     middles = [((index + 0.5) / 10, 0.5, 0.5) for index in range(10)]
     labels = positions(bins, *middles)
     assert labels[0] == 0
@@ -68,14 +67,10 @@ def test_a_patch_that_covers_the_case_has_no_position() -> None:
     assert not position_bins((64, 64), (1, 64, 64)).tells_position, "a photograph has one slice"
 
 
-def test_mirrored_ends_share_a_label() -> None:
-    bins = position_bins((8, 8, 8), (32, 8, 24), mirror_axes=(2,))
-    assert bins.counts == (4, 1, 4)
-    left, right, left_below = positions(bins, (0.1, 0.5, 0.1), (0.1, 0.5, 0.9), (0.9, 0.5, 0.1))
-    assert left == right
-    assert left != left_below
-    inner, outer = positions(bins, (0.1, 0.5, 0.4), (0.1, 0.5, 0.1))
-    assert inner != outer
+def test_axes_that_must_not_be_mirrored() -> None:
+    assert position_bins((8, 8, 8), (32, 8, 24)).axes_in_patch(3) == (0, 2)
+    assert position_bins((8, 8, 8), (8, 8, 8)).axes_in_patch(3) == ()
+    assert position_bins((64, 64), (10, 500, 500)).axes_in_patch(2) == (), "the slices are no axis of the patch"
 
 
 def test_two_phases_of_a_patient_share_it() -> None:

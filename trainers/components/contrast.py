@@ -6,7 +6,7 @@ Rows are L2-normalized embeddings [n, D] with integer labels [n]; bank rows are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +103,12 @@ def mean_over_anchors(
     return (weights * per_class).sum() / weights.sum().clamp(min=EPS)
 
 
+def mean_of_pairs(pairs: PairLosses, values: Tensor) -> Tensor:
+    """Mean of values [n, n + m] over the positive pairs, without gradient; 0 where there are none."""
+    chosen = torch.where(pairs.positive, values.detach().float(), 0)
+    return chosen.sum() / pairs.positive.sum().clamp(min=1)
+
+
 def sup_con(
     e: Tensor,
     labels: Tensor,
@@ -117,6 +123,21 @@ def sup_con(
     other kinship. Where labels may be unknown, call the two parts with `Rows`.
     """
     return mean_over_anchors(pair_losses(Rows(e, labels), tau, bank), pair_weight, class_weights)
+
+
+def self_paced_weights(values: Tensor, gamma: float, mode: Literal["linear", "hard"] = "linear") -> Tensor:
+    """w in [0, 1] that minimizes w·ℓ + R(w), for each ℓ; without gradient. Pairs that are still hard count less.
+
+    Linear: R = γ·(w²/2 - w), so w = max(1 - ℓ/γ, 0). Hard: R = -γ·w, so w = 1 where ℓ ≤ γ, else 0.
+    Source: Peng et al., Self-Paced Contrastive Learning, NeurIPS 2021, arXiv:2107.13741.
+
+    Raises:
+        ValueError: γ is not positive.
+    """
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}: expected a positive tolerance")
+    values = values.detach()
+    return (values <= gamma).to(values) if mode == "hard" else (1 - values / gamma).clamp(min=0)
 
 
 def has_negatives(rows: Rows, bank: Rows | None = None) -> bool:

@@ -36,19 +36,19 @@ class PositionBins:
 
     counts: tuple[int, int, int]
     """Bins per axis; 1: the axis tells no position."""
-    folded: tuple[bool, bool, bool] = (False, False, False)
-    """Axes that training mirrors: a mirrored patch looks as if it came from the other end, so bin b and bin Q-1-b are
-    one label there, whether or not a view was mirrored."""
 
     @property
     def tells_position(self) -> bool:
         """False: the patch covers too much of every axis; the label is unknown for all patches."""
         return max(self.counts) > 1
 
+    def axes_in_patch(self, dims: int) -> tuple[int, ...]:
+        """Axes of the patch (0 = its first) that tell position. They must not be mirrored: a mirrored patch looks as
+        if it came from the other side of the body. A 2D patch has none: it is a slice, and tells which one."""
+        return tuple(axis + dims - 3 for axis, count in enumerate(self.counts) if count > 1 and axis + dims >= 3)
 
-def position_bins(
-    patch_size: Sequence[int], case_size: Sequence[float], mirror_axes: Sequence[int] = ()
-) -> PositionBins:
+
+def position_bins(patch_size: Sequence[int], case_size: Sequence[float]) -> PositionBins:
     """Bins from the sizes of patch and median case.
 
     Per axis of which the patch covers less than 60 %: clip(2·round(extent / (2·patch extent)), 3, 8) bins. A 2D patch
@@ -57,7 +57,6 @@ def position_bins(
     Args:
         patch_size: 2 or 3 axes, in voxels.
         case_size: 3 axes (z, y, x), median over cases, in voxels of the same spacing.
-        mirror_axes: of the patch (0 = its first axis), that training mirrors.
 
     Raises:
         ValueError: `case_size` has not 3 axes.
@@ -66,10 +65,8 @@ def position_bins(
         raise ValueError(f"case_size {tuple(case_size)} has {len(case_size)} axes: expected z, y, x (slices first)")
     flat = len(patch_size) == 2
     patch = (1, *case_size[1:]) if flat else tuple(patch_size)
-    mirrored = {axis + 1 if flat else axis for axis in mirror_axes}
-    counts = tuple(_bins(p, n) for p, n in zip(patch, case_size, strict=True))
-    folded = tuple(axis in mirrored for axis in range(3))
-    return PositionBins((counts[0], counts[1], counts[2]), (folded[0], folded[1], folded[2]))
+    slices, rows, columns = (_bins(p, n) for p, n in zip(patch, case_size, strict=True))
+    return PositionBins((slices, rows, columns))
 
 
 def meta_labels(batch: StreamBatch, bins: PositionBins, phase_key: str = "phase") -> dict[str, MetaLabel]:
@@ -100,10 +97,8 @@ def _bins(patch: float, extent: float) -> int:
 
 def _position(centers: Tensor, bins: PositionBins) -> MetaLabel:
     values = torch.zeros(len(centers), dtype=torch.long, device=centers.device)
-    for axis, (count, folded) in enumerate(zip(bins.counts, bins.folded, strict=True)):
+    for axis, count in enumerate(bins.counts):
         place = (centers[:, axis] * count).long().clamp(0, count - 1)
-        if folded:
-            place = torch.minimum(place, count - 1 - place)
         values = values * count + place
     return MetaLabel(values, torch.full_like(values, bins.tells_position, dtype=torch.bool))
 
