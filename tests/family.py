@@ -61,7 +61,10 @@ KINDS = {
 }
 TINY_2D = Kind((32, 32))
 TINY_3D = Kind((16, 16, 16))
-NEEDED: dict[str, Callable[[], dict[str, str]]] = {"m_and_n": lambda: {"weights": str(tiny_weights_file())}}
+NEEDED: dict[str, Callable[[], dict[str, str]]] = {
+    "m_and_n": lambda: {"weights": str(tiny_weights_file())},
+    "ersr": lambda: {"force": "true"},
+}
 """By method: what `needed_settings` gives."""
 
 
@@ -104,6 +107,7 @@ def make(
         case = replace(
             job,
             single_component_classes=(1,),
+            elliptic_classes=(2,),
             median_case_shape=(10.0 if kind.dims == 2 else 4.0 * kind.patch[0], *map(float, kind.patch[-2:])),
             attribute_values={"patient": 2, "phase": 2},
         )
