@@ -252,6 +252,8 @@ class Refresh:
     stability_parts: tuple[str, ...] = ()
     """With rules: a case is stable where these parts predict the same; none: where mirroring changes nothing."""
     rules: PseudoLabelRules | None = None
+    mirrored: bool = True
+    """Predict with mirroring. Without it is as many times faster: enough where the store only guides crops."""
 
 
 @dataclass(frozen=True)

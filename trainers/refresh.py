@@ -87,7 +87,7 @@ class PoolPredictor:
 
     def _predictors(self, refresh: Refresh) -> tuple[Predictor, list[Predictor]]:
         """The teacher's, and those whose label maps tell how stable a case is."""
-        teacher = self._predictor(refresh.part, mirror=True)
+        teacher = self._predictor(refresh.part, refresh.mirrored)
         if refresh.rules is None:
             return teacher, []
         others = [self._predictor(part, mirror=True) for part in refresh.stability_parts]

@@ -16,6 +16,7 @@ from autossl.trainers.methods.entropy_min import EntropyMinimization
 from autossl.trainers.methods.ersr import EllipseRefinement
 from autossl.trainers.methods.fixmatch import FixMatch
 from autossl.trainers.methods.m3hl import MutualMaskMix
+from autossl.trainers.methods.m_and_n import MAndN
 from autossl.trainers.methods.mcl_cs import MultiscaleContrast
 from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
@@ -47,6 +48,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "medl": MutualEvidential,
     "transmedseg": TransMedSeg,
     "m3hl": MutualMaskMix,
+    "m_and_n": MAndN,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 
