@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.trainers.base import MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.methods.bcp import BidirectionalCopyPaste
+from autossl.trainers.methods.cad import CAD
 from autossl.trainers.methods.cps import CPS
 from autossl.trainers.methods.dtc import DualTaskConsistency
 from autossl.trainers.methods.entropy_min import EntropyMinimization
@@ -22,6 +23,7 @@ from autossl.trainers.methods.mcnet import MutualConsistency
 from autossl.trainers.methods.mean_teacher import MeanTeacher
 from autossl.trainers.methods.medl import MutualEvidential
 from autossl.trainers.methods.self_training import SelfTraining
+from autossl.trainers.methods.semi_cml import SemiCML
 from autossl.trainers.methods.spcl import SelfPacedContrast
 from autossl.trainers.methods.supervised import Supervised
 from autossl.trainers.methods.transmedseg import TransMedSeg
@@ -42,6 +44,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
     "cps": CPS,
+    "semi_cml": SemiCML,
     "ersr": EllipseRefinement,
     "spcl": SelfPacedContrast,
     "mcl_cs": MultiscaleContrast,
@@ -49,6 +52,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "transmedseg": TransMedSeg,
     "m3hl": MutualMaskMix,
     "m_and_n": MAndN,
+    "cad": CAD,
 }
 ENTRY_POINT_GROUP = "autossl.methods"
 

@@ -7,6 +7,7 @@ arXiv:2405.00378. From the component to a box, and the search of windows, are re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from autossl.trainers.components.certainty import prior_divergence
 from autossl.trainers.components.masks import Slices, placed_box, through_plane_axis
+from autossl.trainers.components.pseudo import pseudo_label
 
 SMALLEST_SIDE = 4
 """Of a box, in voxels; through plane of an anisotropic volume one slice will do."""
@@ -42,6 +44,32 @@ class Judged:
     """Probabilities [C, *S]."""
     confidence: Tensor
     """[*S], 0 where nothing valid is."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a network thinks of N patches; without gradient."""
+
+    labels: Tensor
+    """As `pseudo_label` gives them."""
+    q: Tensor
+    """[N, C, *S]."""
+    confidence: Tensor
+    """[N, *S]; regions: their mean; 0 where nothing valid is."""
+    doubt: Tensor
+    """0; nan where the network is not finite, which hard labels hide."""
+
+    @classmethod
+    def of(cls, q: Tensor, valid: Tensor, regions: bool) -> Decisions:
+        """From probabilities; valid is boolean [N, 1, *S]."""
+        labels, confidence = pseudo_label(q, regions)
+        counted = torch.where(valid, confidence.mean(1, keepdim=True), 0)[:, 0]
+        return cls(labels, q, counted, 0 * confidence.mean())
+
+    @property
+    def patches(self) -> list[Judged]:
+        """One by one."""
+        return [Judged(q, confidence) for q, confidence in zip(self.q, self.confidence, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -191,6 +219,36 @@ def moved_at_random(found: Displacement, shape: Sequence[int], generator: torch.
     """A displacement of the same size, from any place to any place: what the search is to be compared with."""
     sides = [place.stop - place.start for place in found.target]
     return Displacement(placed_box(sides, shape, generator), placed_box(sides, shape, generator))
+
+
+def find_displacements(
+    mine: Decisions, other: Decisions, valid: Tensor, limits: Limits, random_places: torch.Generator | None = None
+) -> list[Displacement | None]:
+    """`find_displacement` for each patch; valid is boolean [N, 1, *S]. With a generator, `moved_at_random` after it."""
+    found = [find_displacement(*three, limits) for three in zip(mine.patches, other.patches, valid[:, 0], strict=True)]
+    if random_places is None:
+        return found
+    shape = valid.shape[2:]
+    return [None if move is None else moved_at_random(move, shape, random_places) for move in found]
+
+
+def what_moved(
+    moves: Sequence[Displacement | None], mine: Decisions, other: Decisions, valid: Tensor, limits: Limits
+) -> dict[str, float]:
+    """Shares of patches and voxels that were displaced, the confidence that they won, and how many voxels were low."""
+    won = [
+        mean_confidence(theirs, move.source) - mean_confidence(own, move.target)
+        for own, theirs, move in zip(mine.patches, other.patches, moves, strict=True)
+        if move is not None
+    ]
+    n_voxels = sum(math.prod(place.stop - place.start for place in move.target) for move in moves if move is not None)
+    low = (mine.confidence < limits.threshold) & valid[:, 0]
+    return {
+        "displaced_share": len(won) / len(moves),
+        "displaced_voxel_share": n_voxels / valid.numel(),
+        "confidence_won": sum(won) / max(1, len(won)),
+        "low_share": float(low.sum() / valid.sum().clamp(min=1)),
+    }
 
 
 def displaced(values: Tensor, other: Tensor, moves: Sequence[Displacement | None]) -> Tensor:
