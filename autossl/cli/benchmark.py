@@ -42,7 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", metavar="DATASET", help="4, 004, Name or Dataset004_Name")
     parser.add_argument("configuration", metavar="CONFIGURATION", help="2d, 3d_fullres or 3d_lowres")
     parser.add_argument(
-        "-m", "--methods", nargs="+", required=True, metavar="METHOD", help="besides supervised; see autossl_methods"
+        "-m",
+        "--methods",
+        nargs="+",
+        required=True,
+        metavar="METHOD",
+        help="besides supervised; see autossl_methods. METHOD:ablation is a row without what makes the method itself, "
+        "METHOD:NAME one with settings of its own",
     )
     _add_what_is_compared(parser)
     parser.add_argument("--jobs", type=positive, default=1, metavar="J", help="trainings side by side (default: 1)")
@@ -106,7 +112,7 @@ def _add_what_is_compared(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="METHOD.K=V",
-        help="change settings of a method; see autossl_methods METHOD",
+        help="change settings of a method, or of a row METHOD:NAME alone; see autossl_methods METHOD",
     )
 
 

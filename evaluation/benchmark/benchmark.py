@@ -128,7 +128,7 @@ def what_would_run(request: BenchmarkRequest) -> Outlook:
     missing = [run for run in plan.runs if not run.is_finished]
     left = {run: max(0, run.spec.total_steps - last_step(run.fold_folder)) for run in missing}
     speeds = _known_speeds(plan)
-    known = {run: steps / speeds[run.row.method] for run, steps in left.items() if run.row.method in speeds}
+    known = {run: steps / speeds[run.spec.method] for run, steps in left.items() if run.spec.method in speeds}
     return Outlook(plan, left, known)
 
 

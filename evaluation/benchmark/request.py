@@ -16,6 +16,8 @@ from autossl.trainers.registry import make_settings, method_class
 from autossl.trainers.setup import RunSetup, TrainRequest, resolve, resolve_device
 
 TWIN = "supervised"
+ABLATION = "ablation"
+"""The variant of every method without what makes it itself; `SemiSupervisedTrainer.ablation` says which settings."""
 Role = Literal["twin", "method", "full labels"]
 ALL_FOLDS = "all_folds"
 Result = TypeVar("Result")
@@ -28,7 +30,7 @@ class BenchmarkRequest:
     dataset: str
     configuration: str
     methods: tuple[str, ...]
-    """Besides the supervised twin, which is always there."""
+    """Besides the supervised twin, which is always there. "method:variant" is a row with settings of its own."""
     workspace: Path | None = None
     labeled: tuple[str, ...] = ()
     """Benchmark budgets; empty: all labels, beside the cases that have none."""
@@ -40,7 +42,7 @@ class BenchmarkRequest:
     preset: str | None = None
     device: str = "auto"
     settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Method → setting → value, as text."""
+    """Method, or method:variant → setting → value, as text. Variants take those of their method as well."""
     full_labels: bool = False
     """Also `supervised` with all labels, in the same folds and with the same seeds."""
     jobs: int = 1
@@ -53,6 +55,7 @@ class RowKey:
 
     role: Role
     method: str
+    """With its variant, if it is one."""
     labeled: str | None
     """Budget; None: all labels."""
 
@@ -224,13 +227,18 @@ def _check_methods(request: BenchmarkRequest, problems: _Problems) -> None:
     """Names of methods and settings."""
     names = (TWIN, *request.methods)
     for name in names:
-        method = problems.catch(method_class, name)
+        method = problems.catch(method_class, _method(name))
         if method is not None:
-            problems.catch(make_settings, method, dict(_given(request, name)))
+            problems.catch(make_settings, method, _given(request, name))
+            if ":" in name and _given(request, name) == _given(request, _method(name)):
+                settings = f"--set {name}.SETTING=VALUE"
+                fix = f"give the variant settings with {settings}, or leave it out"
+                problems.add(f"'{name}' has the settings of {_method(name)}", "settings of its own", fix)
+    known = dict.fromkeys([*names, *map(_method, names)])
     for name in request.settings:
-        if name not in names:
+        if name not in known:
             fix = "correct the name, or add the method with -m"
-            problems.add(f"--set names method '{name}'", f"one of {nearest(name, names)}", fix)
+            problems.add(f"--set names method '{name}'", f"one of {nearest(name, known)}", fix)
 
 
 def _check_place(request: BenchmarkRequest, problems: _Problems) -> None:
@@ -277,8 +285,16 @@ def _folds(request: BenchmarkRequest, setups: Iterable[RunSetup], problems: _Pro
     return request.folds
 
 
-def _given(request: BenchmarkRequest, method: str) -> Mapping[str, str]:
-    return request.settings.get(method, {})
+def _method(name: str) -> str:
+    """Of a method or a variant of it."""
+    return name.partition(":")[0]
+
+
+def _given(request: BenchmarkRequest, name: str) -> dict[str, str]:
+    """Settings of a method or variant that are not the defaults, as text."""
+    method, _, variant = name.partition(":")
+    without = method_class(method).ablation if variant == ABLATION else {}
+    return {**request.settings.get(method, {}), **without, **(request.settings.get(name, {}) if variant else {})}
 
 
 def _resolve(
@@ -289,7 +305,7 @@ def _resolve(
             dataset=request.dataset,
             configuration=request.configuration,
             folds=folds,
-            method=method,
+            method=_method(method),
             workspace=request.workspace,
             preset=request.preset,
             steps=request.steps,

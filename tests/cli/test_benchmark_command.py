@@ -25,6 +25,7 @@ from autossl.evaluation.benchmark.benchmark import BenchmarkOptions, BenchmarkRe
 from autossl.evaluation.benchmark.request import plan_benchmark
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
+from autossl.trainers.methods.spcl import SelfPacedContrast
 
 PHANTOM = PhantomSettings(n_labeled=12, n_unlabeled=1, n_test=0, shape_zyx=(12, 16, 16))
 PLAN_OPTIONS = PlanOptions(configurations=("2d",), preset="nano")
@@ -349,6 +350,32 @@ def test_settings_and_places_reach_the_training(workspace: Workspace) -> None:
     )
     assert method[-2:] == ["--set", "noise=0.2"]
     assert plan.runs[1].folder.name.startswith("2d__nano__mean_teacher__set-")
+
+
+def test_a_variant_is_a_row_with_settings_of_its_own(workspace: Workspace) -> None:
+    names = ("spcl", "spcl:ablation", "spcl:gentle", "supervised:long")
+    settings = {
+        "spcl": {"temperature": "0.2"},
+        "spcl:gentle": {"lambda_contrast": "0.01"},
+        "supervised:long": {},
+    }
+    with pytest.raises(InvalidInput, match="'supervised:long' has the settings of supervised"):
+        plan_benchmark(request(workspace, methods=names, settings=settings))
+    plan = plan_benchmark(request(workspace, methods=names[:3], settings={k: settings[k] for k in list(settings)[:2]}))
+    given = {run.row.method: run.settings for run in plan.runs}
+    assert given == {
+        "supervised": {},
+        "spcl": {"temperature": "0.2"},
+        "spcl:ablation": {"temperature": "0.2", **SelfPacedContrast.ablation},
+        "spcl:gentle": {"temperature": "0.2", "lambda_contrast": "0.01"},
+    }
+    assert {run.spec.method for run in plan.runs} == {"supervised", "spcl"}
+    assert len({run.folder for run in plan.runs}) == 4
+    command = execute.train_command(plan, plan.runs[2])
+    assert command[command.index("-m") + 1] == "spcl"
+    assert "lambda_contrast=0" in command
+    with pytest.raises(InvalidInput, match="'mean_teacher:ablation' has the settings of mean_teacher"):
+        plan_benchmark(request(workspace, methods=("mean_teacher:ablation",)))
 
 
 # ---------------------------------------------------------------------------------------------------------- for real
