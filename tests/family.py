@@ -5,11 +5,14 @@ A method is asked for nothing but what `autossl.trainers.base` promises, so one 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import torch
 from tiny_weights import tiny_weights_file
 from torch import Tensor, nn
@@ -66,6 +69,18 @@ NEEDED: dict[str, Callable[[], dict[str, str]]] = {
     "ersr": lambda: {"force": "true"},
 }
 """By method: what `needed_settings` gives."""
+
+
+def add_channel(raw: Path) -> None:
+    """Gives each image of a raw dataset of one channel a second one (mirrored in its values), for methods of two."""
+    for path in sorted(raw.glob("images*/*_0000.nii.gz")):
+        image = nibabel.load(path)
+        values = image.get_fdata(dtype=np.float32)
+        turned = nibabel.Nifti1Image(values.max() - values, image.affine, image.header)
+        nibabel.save(turned, path.with_name(path.name.replace("_0000", "_0001")))
+    description = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
+    description["channel_names"] = {"0": "MR", "1": "MR turned"}
+    (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
 
 
 def tiny(method: type[SemiSupervisedTrainer]) -> Kind:

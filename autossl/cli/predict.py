@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Of the dataset's runs exactly one must fit the options; otherwise they are listed.
+--modality: for models with a network that sees one modality alone (semi_cml; supervised with --set channels=NAME).
 --save_uncertainty: entropy of the mean probabilities, and the disagreement of several folds, as NIfTI.
 
 example: autossl_predict -i IMAGES -o SEGMENTATIONS -d 4 -c 3d_fullres -m mean_teacher"""
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--tag", metavar="T", help="its tag; '' for runs without one")
     parser.add_argument(
         "-f", "--folds", nargs="+", type=fold_name, metavar="FOLD", help="default: all finished folds but fold all"
+    )
+    parser.add_argument(
+        "--modality", metavar="NAME", help="from this channel or channel group of dataset.json alone; only it is needed"
     )
     parser.add_argument("--save_probabilities", action="store_true", help="write CASE.npz as well")
     parser.add_argument("--save_uncertainty", action="store_true", help="write entropy and disagreement as well")
@@ -100,6 +104,7 @@ def _request(arguments: argparse.Namespace) -> PredictRequest:
         workspace=arguments.workspace,
         model=arguments.model,
         folds=tuple(arguments.folds) if arguments.folds else None,
+        modality=arguments.modality,
         save_probabilities=arguments.save_probabilities,
         save_uncertainty=arguments.save_uncertainty,
         mirroring=not arguments.no_mirroring,

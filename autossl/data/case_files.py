@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,51 @@ def case_files(folder: Path, file_ending: str, n_channels: int) -> dict[str, tup
     if found.problems:
         raise InvalidInput(found.problems)
     return found.cases
+
+
+def modality_files(folder: Path, file_ending: str, channels: Sequence[int]) -> dict[str, tuple[Path, ...]]:
+    """The files of some of the channels of each case, in the order of `channels`; cases in order of their names.
+
+    Files are numbered as in imagesTr (CASE_0001 is channel 1); of one channel they may be named CASE alone, where no
+    file has a number. Files of other channels are passed over.
+
+    Raises:
+        InvalidInput: with all problems: a case without one of the channels, files with and without numbers, no images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidInput(Problem("the folder does not exist", "a folder of images", "check the path", file=folder))
+    paths, problems = files_of(folder, file_ending)
+    stems = {path.name[: -len(file_ending)]: path for path in paths}
+    numbers = ", ".join(f"{channel:04d}" for channel in channels)
+    names = f"files named {' and '.join(f'CASE_{channel:04d}{file_ending}' for channel in channels)}"
+    matches = {stem: CHANNEL_SUFFIX.match(stem) for stem in stems}
+    found: dict[str, dict[int, Path]] = {}
+    plain = len(channels) == 1 and not any(matches.values())
+    for stem, path in stems.items():
+        match = matches[stem]
+        if match:
+            found.setdefault(match["case"], {})[int(match["channel"])] = path
+        elif plain:
+            found[stem] = {channels[0]: path}
+        else:
+            problems.append(Problem("no channel number in the file name", names, "rename the file", file=path))
+    passed_over = 0
+    for case, there in sorted(found.items()):
+        if set(channels) <= set(there):
+            passed_over += len(there) - len(channels)
+            continue
+        others = ", ".join(f"{channel:04d}" for channel in sorted(there))
+        fix = "number the files by the channels of dataset.json, or name the modality that they show"
+        problems.append(Problem(f"channels {others}, not all of {numbers}", names, fix, case=case, file=folder))
+    if not stems and not problems:
+        fix = "check the folder and the file ending in dataset.json"
+        problems.append(Problem(f"no file ends with {file_ending}", names, fix, file=folder))
+    if problems:
+        raise InvalidInput(problems)
+    if passed_over:
+        logger.warning("%s: %d files of channels other than %s are passed over", folder, passed_over, numbers)
+    return {case: tuple(there[channel] for channel in channels) for case, there in sorted(found.items())}
 
 
 def find_case_files(folder: Path, file_ending: str, n_channels: int, labeled_ids: Collection[str] = ()) -> FoundFiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +62,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_trained_networks(path: Path) -> TrainedNetworks:
+def read_trained_networks(path: Path, channels: Collection[int] | None = None) -> TrainedNetworks:
     """The prediction of a checkpoint and the weights of its members.
+
+    Args:
+        path: of the checkpoint.
+        channels: the prediction that looks at these image channels and no others; None: the deployed one.
 
     Raises:
         InvalidInput: as `read_checkpoint`, or the prediction is missing or asks for what is not there.
     """
     content = read_checkpoint(path)
-    try:
-        spec = PredictionSpec.from_json(content.get("prediction"))
-    except InvalidInput as error:
-        raise InvalidInput([Problem(p.found, p.expected, p.fix, file=path) for p in error.problems]) from error
+    specs = _predictions(content, path, alternatives=channels is not None)
+    spec = next((spec for spec in specs if channels is None or spec.channels == frozenset(channels)), None)
+    if spec is None:
+        raise InvalidInput(
+            Problem(
+                f"nothing in it predicts from the channels {sorted(channels or ())} alone",
+                "a network that sees just these",
+                "predict without --modality, or train semi_cml or supervised with --set channels=…",
+                file=path,
+            )
+        )
     networks = content.get("networks")
     names = [name for member in spec.members for name in member.parts]
     missing = [name for name in names if not isinstance(networks, dict) or not _is_state(networks.get(name))]
@@ -81,6 +92,26 @@ def read_trained_networks(path: Path) -> TrainedNetworks:
             Problem(f"no weights for network {', '.join(missing)}", _EXPECTED, "train this fold again", file=path)
         )
     return TrainedNetworks(spec, {name: content["networks"][name] for name in names})
+
+
+def separate_channels(path: Path) -> list[frozenset[int]]:
+    """The sets of channels from which something in the checkpoint predicts alone.
+
+    Raises:
+        InvalidInput: as `read_trained_networks`.
+    """
+    specs = _predictions(read_checkpoint(path), path, alternatives=True)
+    return list(dict.fromkeys(spec.channels for spec in specs if spec.channels is not None))
+
+
+def _predictions(content: Mapping[str, Any], path: Path, alternatives: bool) -> list[PredictionSpec]:
+    """The deployed prediction, then its alternatives where asked for."""
+    others = content.get("alternatives") if alternatives else None
+    try:
+        given = [content.get("prediction"), *(others.values() if isinstance(others, dict) else ())]
+        return [PredictionSpec.from_json(spec) for spec in given]
+    except InvalidInput as error:
+        raise InvalidInput([Problem(p.found, p.expected, p.fix, file=path) for p in error.problems]) from error
 
 
 def _is_state(state: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from autossl.data.description import DatasetDescription, read_description
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import CHECKPOINT_FINAL, FoundRun, RunSpec, fold_state, read_run
-from autossl.inference.checkpoint import read_trained_networks
+from autossl.inference.checkpoint import read_trained_networks, separate_channels
 from autossl.inference.predictor import Predictor, Window
+from autossl.networks.prediction import PredictionSpec
 from autossl.planners.plans import ConfigurationPlan, Plans, read_plans
 
 logger = logging.getLogger(__name__)
@@ -48,16 +49,44 @@ class TrainedModel:
         """The final weights of a fold."""
         return self.folder / f"fold_{fold}" / CHECKPOINT_FINAL
 
-    def load_predictor(self, window: Window, device: str = "cpu") -> Predictor:
+    def modality(self, name: str) -> tuple[int, ...]:
+        """Numbers of the channels of a modality from which the model predicts alone.
+
+        Raises:
+            InvalidInput: dataset.json does not know it, or no network of the model sees just these channels.
+        """
+        named, path = self.description.channels, self.checkpoint(self.folds[0])
+        wanted, there = named.find(name), self.separate_modalities()
+        if frozenset(wanted) in there:
+            return wanted
+        if not there:
+            found = f"every network of {self.run.method} sees all channels, none sees {named.name_of(wanted)} alone"
+            expected = "a model with a network for this modality"
+        else:
+            found = f"no network of this model sees {named.name_of(wanted)} alone"
+            expected = f"one of {named.listed(sorted(channels) for channels in there)}"
+        fix = f"train semi_cml with it among its groups, or supervised with --set channels={named.name_of(wanted)}"
+        raise InvalidInput(Problem(found, expected, fix, file=path))
+
+    def separate_modalities(self) -> list[frozenset[int]]:
+        """Sets of channels from which the model predicts alone."""
+        return separate_channels(self.checkpoint(self.folds[0]))
+
+    def load_predictor(self, window: Window, device: str = "cpu", channels: Collection[int] | None = None) -> Predictor:
         """All folds' networks on the device.
+
+        Args:
+            window: tiling and mirroring.
+            device: where to predict.
+            channels: of the modality to predict from alone; None: as the model is deployed.
 
         Raises:
             InvalidInput: a checkpoint is damaged, not ours, of another prediction or does not fit the plan.
         """
-        trained = {fold: read_trained_networks(self.checkpoint(fold)) for fold in self.folds}
+        trained = {fold: read_trained_networks(self.checkpoint(fold), channels) for fold in self.folds}
         specs = {fold: networks.spec for fold, networks in trained.items()}
         first = self.folds[0]
-        differing = [fold for fold, spec in specs.items() if spec != specs[first]]
+        differing = [fold for fold, spec in specs.items() if _kind(spec) != _kind(specs[first])]
         if differing:
             raise InvalidInput(
                 Problem(
@@ -69,9 +98,18 @@ class TrainedModel:
             )
         try:
             states = [networks.networks for networks in trained.values()]
-            return Predictor.from_state_dicts(specs[first], states, self.plan, self.schema, window, device)
+            return Predictor.from_state_dicts(list(specs.values()), states, self.plan, self.schema, window, device)
         except InvalidInput as error:
             raise InvalidInput([replace(p, file=p.file or self.folder) for p in error.problems]) from error
+
+
+def _kind(spec: PredictionSpec) -> PredictionSpec:
+    """The spec without what folds of one run may decide for themselves: which channels, and so which networks."""
+    members = (
+        member.model_copy(update={"name": f"member {index}", "channels": None})
+        for index, member in enumerate(spec.members)
+    )
+    return spec.model_copy(update={"members": tuple(members)})
 
 
 def read_model(folder: Path, folds: Sequence[str] | None = None) -> TrainedModel:

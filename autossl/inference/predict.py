@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from autossl.data.case_files import case_files
+from autossl.data.case_files import case_files, modality_files
 from autossl.data.files import read_json, write_json
-from autossl.data.image_io import read_image
+from autossl.data.image_io import LoadedImage, read_image
 from autossl.data.prepared import PreparedCase
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter, choose_run
@@ -36,7 +37,7 @@ from autossl.version import __version__
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "prediction.json"
-IDENTITY = ("model", "folds", "mirroring", "step_size")
+IDENTITY = ("model", "folds", "modality", "mirroring", "step_size")
 """Entries of the record that must agree for `resume`."""
 LARGE_CASE_BYTES = 1 << 29
 """From here on cases are read, predicted and written one after the other, so that memory holds one at a time."""
@@ -59,6 +60,9 @@ class PredictRequest:
     """The folder that holds fold_k, instead of a dataset."""
     folds: tuple[str, ...] | None = None
     """None: all finished integer folds."""
+    modality: str | None = None
+    """A channel or channel group of dataset.json to predict from alone; None: as deployed, all channels must be there.
+    `input` needs its files only."""
     save_probabilities: bool = False
     save_uncertainty: bool = False
     """See `Restored.entropy` and `Restored.disagreement`."""
@@ -115,16 +119,17 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     _check_request(request)
     device = resolve_device(request.device)
     model = read_model(_model_folder(request), request.folds)
-    cases = case_files(request.input, model.description.file_ending, model.plan.n_channels)
+    channels = None if request.modality is None else model.modality(request.modality)
+    cases = _cases(request, model, channels)
     chosen = dict(list(cases.items())[request.part_id :: request.num_parts])
     wanted = Wanted(request.save_probabilities, request.save_uncertainty)
     outputs = OutputFolder(request.output, model.description.file_ending, wanted, len(model.folds))
-    record = _record(request, model)
+    record = _record(request, model, channels)
     skipped = _check_outputs(request, outputs, chosen, record)
     window = Window.of(model.plan, request.mirroring, request.step_size)
-    predictor = model.load_predictor(window, device)
+    predictor = model.load_predictor(window, device, channels)
     todo = {case: files for case, files in chosen.items() if case not in skipped}
-    job = _Job(model, predictor, outputs, wanted, record)
+    job = _Job(model, predictor, outputs, wanted, record, channels)
     logger.info("%d cases with %s, fold %s, on %s", len(todo), model.folder, ", ".join(model.folds), device)
     predicted, problems = _predict_all(job, todo, on_progress)
     if problems:
@@ -140,15 +145,19 @@ class _Job:
     outputs: OutputFolder
     wanted: Wanted
     record: Mapping[str, Any]
+    channels: tuple[int, ...] | None = None
+    """Of the modality that is there; None: all."""
 
     def prepare(self, case: str, files: Files) -> PreparedCase:
         """Reads and preprocesses; faults name the case."""
         try:
             image = read_image(files, self.model.plans.orientation)
-            n_channels = self.model.plan.n_channels
+            n_channels = self.model.plan.n_channels if self.channels is None else len(self.channels)
             if len(image.array) != n_channels:
                 found, fix = f"{len(image.array)} channels", "give images as the model was trained on"
                 raise InvalidInput(Problem(found, f"{n_channels}", fix, file=files[0]))
+            if self.channels is not None:
+                image = _with_empty_channels(image, self.channels, self.model.plan.n_channels)
             return prepare_case(image, None, self.model.plans, self.model.run.configuration)
         except InvalidInput as error:
             raise InvalidInput([replace(problem, case=case) for problem in error.problems]) from error
@@ -160,6 +169,29 @@ class _Job:
         write_json(folder / DESCRIPTION_FILE, self.model.description.to_json())
         write_plans(folder / PLANS_FILE, self.model.plans)
         write_json(folder / RECORD_FILE, dict(self.record))
+
+
+def _with_empty_channels(image: LoadedImage, channels: tuple[int, ...], n_channels: int) -> LoadedImage:
+    """The image with its channels in their places and zeros in the others, which no network will look at."""
+    array = np.zeros((n_channels, *image.array.shape[1:]), dtype=np.float32)
+    array[list(channels)] = image.array
+    return replace(image, array=array)
+
+
+def _cases(request: PredictRequest, model: TrainedModel, channels: tuple[int, ...] | None) -> dict[str, Files]:
+    """The files of each case; where channels are missing and the model could do without them, the error says so."""
+    ending, n_channels = model.description.file_ending, model.plan.n_channels
+    if channels is not None:
+        return modality_files(request.input, ending, channels)
+    try:
+        return case_files(request.input, ending, n_channels)
+    except InvalidInput as error:
+        alone = [found for found in model.separate_modalities() if len(found) < n_channels] if n_channels > 1 else []
+        if not alone or not any("missing" in problem.found for problem in error.problems):
+            raise
+        names = model.description.channels.listed(sorted(found) for found in alone)
+        hint = f"; or predict from one modality alone with --modality: {names}"
+        raise InvalidInput([replace(problem, fix=problem.fix + hint) for problem in error.problems]) from error
 
 
 def _predict_all(
@@ -249,11 +281,12 @@ def _model_folder(request: PredictRequest) -> Path:
     return choose_run(workspace, dataset, request.run).folder
 
 
-def _record(request: PredictRequest, model: TrainedModel) -> dict[str, Any]:
+def _record(request: PredictRequest, model: TrainedModel, channels: tuple[int, ...] | None) -> dict[str, Any]:
     """What is written to prediction.json."""
     return {
         "model": str(model.folder.resolve()),
         "folds": list(model.folds),
+        "modality": None if channels is None else model.description.channels.name_of(channels),
         "mirroring": request.mirroring,
         "mirror_axes": list(model.plan.mirror_axes) if request.mirroring else [],
         "step_size": request.step_size,
@@ -289,6 +322,7 @@ def _check_outputs(
         )
     path = outputs.folder / RECORD_FILE
     before = read_json(path) if path.is_file() else {}
+    before = {"modality": None, **before} if before else before
     differing = [name for name in IDENTITY if before.get(name, record[name]) != record[name]]
     if differing:
         raise InvalidInput(

@@ -23,7 +23,7 @@ from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
 from autossl.inference.tiles import TileGroup, tile_groups, tile_weights
 from autossl.networks.cpu import use_onednn
-from autossl.networks.prediction import PredictionSpec, build_member, logits_of, member_parts, probabilities_of
+from autossl.networks.prediction import Member, PredictionSpec, build_member, logits_of, member_parts, probabilities_of
 from autossl.planners.plans import ConfigurationPlan
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Predictor:
         n_outputs: int,
         window: Window,
         device: torch.device | str = "cpu",
+        members: Sequence[Sequence[Member]] | None = None,
     ) -> None:
         """Takes networks as they are; `from_state_dicts` builds them.
 
@@ -98,9 +99,11 @@ class Predictor:
             n_outputs: channels of logits.
             window: tiling and mirroring.
             device: where tiles are predicted and blended.
+            members: per fold, where they are not the spec's.
         """
         self.spec = spec
         self.folds = tuple(tuple(networks) for networks in folds)
+        self._members = [spec.members] * len(self.folds) if members is None else members
         self.n_outputs = n_outputs
         self.window = window
         self.device = torch.device(device)
@@ -111,7 +114,7 @@ class Predictor:
     @classmethod
     def from_state_dicts(
         cls,
-        spec: PredictionSpec,
+        spec: PredictionSpec | Sequence[PredictionSpec],
         folds: Sequence[Mapping[str, Mapping[str, Any]]],
         plan: ConfigurationPlan,
         schema: LabelSchema,
@@ -121,7 +124,7 @@ class Predictor:
         """A predictor with networks of its own.
 
         Args:
-            spec: which members, how combined.
+            spec: which members, how combined; or one for each fold, where these differ in their members alone.
             folds: per fold the weights by network name; they are copied, so that networks in training stay as they are.
             plan: channels and patch.
             schema: outputs.
@@ -131,14 +134,17 @@ class Predictor:
         Raises:
             InvalidInput: spec, plan, labels and weights do not belong together.
         """
-        _check_belongs(spec, plan, schema)
+        specs = [spec] * len(folds) if isinstance(spec, PredictionSpec) else list(spec)
+        for one in specs:
+            _check_belongs(one, plan, schema)
         networks = [
-            [_loaded(spec, index, states, plan, schema).to(device) for index in range(len(spec.members))]
-            for states in folds
+            [_loaded(one, index, states, plan, schema).to(device) for index in range(len(one.members))]
+            for one, states in zip(specs, folds, strict=True)
         ]
         if torch.device(device).type == "cpu":
             networks = [[use_onednn(network) for network in members] for members in networks]
-        return cls(spec, networks, schema.n_outputs, window or Window.of(plan), device)
+        members = [one.members for one in specs]
+        return cls(specs[0], networks, schema.n_outputs, window or Window.of(plan), device, members)
 
     def logits(self, image: Tensor | npt.NDArray[np.floating[Any]]) -> Tensor:
         """Logits [K,z,y,x] of a preprocessed image [C,z,y,x], averaged over folds; float32 on the CPU."""
@@ -213,7 +219,8 @@ class Predictor:
 
     def _stacked(self, tiles: Tensor, per_fold: bool, mixed: bool) -> Tensor:
         with torch.autocast(self.device.type) if mixed else nullcontext():
-            folds = [self._one_fold(tiles, networks) for networks in self.folds]
+            pairs = zip(self._members, self.folds, strict=True)
+            folds = [self._one_fold(tiles, members, networks) for members, networks in pairs]
         if per_fold:
             return torch.stack(folds, 1)
         total = folds[0]
@@ -221,13 +228,13 @@ class Predictor:
             total += logits
         return (total / len(folds) if len(folds) > 1 else total).unsqueeze(1)
 
-    def _one_fold(self, tiles: Tensor, networks: Sequence[Network]) -> Tensor:
+    def _one_fold(self, tiles: Tensor, members: Sequence[Member], networks: Sequence[Network]) -> Tensor:
         """Logits [N,K,*tile] of one fold: mean over views (single), or the logarithm of the mean probability."""
         single = self.spec.combine == "single"
         total: Tensor | None = None
         for axes in self._views:
             view = tiles.flip(axes) if axes else tiles
-            for member, network in zip(self.spec.members, networks, strict=True):
+            for member, network in zip(members, networks, strict=True):
                 logits = network(view if member.channels is None else view[:, list(member.channels)])
                 value = logits.float() if single else probabilities_of(logits, self.spec.activation)
                 value = value.flip(axes) if axes else value

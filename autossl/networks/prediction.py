@@ -18,13 +18,17 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.networks.build import build_network
 from autossl.networks.decoders import DecoderVariant, Upsampling
 from autossl.networks.features import decode, encode
+from autossl.networks.refine import RefinedNetwork, RefineHead
 from autossl.planners.plans import Architecture
 
 Activation = Literal["softmax", "sigmoid", "dirichlet"]
 SMALLEST_PROBABILITY = 1e-7
 """Keeps the logarithm of a mean probability finite; far below what a label decision can notice."""
-HEADS: tuple[str, ...] = ()
-"""Named output heads a member may ask for; a method that deploys one adds its module to `autossl.networks`."""
+HEADS: tuple[str, ...] = ("refine",)
+"""Named output heads a member may ask for; a method that deploys one adds its module to `autossl.networks`.
+
+refine: `RefineHead`, which corrects the network's logits.
+"""
 
 
 class SharedDecoder(BaseModel):
@@ -48,14 +52,15 @@ class Member(BaseModel):
     channels: tuple[int, ...] | None = None
     """Image channels that this network sees, in this order; None: all."""
     head: str | None = None
-    """A named output head; None: the network's own logits."""
+    """A named output head; None: the network's own logits. Its weights are the entry `NAME_HEAD`."""
     decoders: tuple[SharedDecoder, ...] = ()
     """Decoders beside the network's own; the mean of the probabilities of all of them is the member's."""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Entries of the checkpoint's `networks` that the member is made of, its own first."""
-        return (self.name, *(decoder.name for decoder in self.decoders))
+        heads = () if self.head is None else (f"{self.name}_{self.head}",)
+        return (self.name, *(decoder.name for decoder in self.decoders), *heads)
 
     @field_validator("channels")
     @classmethod
@@ -68,7 +73,7 @@ class Member(BaseModel):
     @classmethod
     def _known_head(cls, value: str | None) -> str | None:
         if value is not None and value not in HEADS:
-            raise ValueError(f"head {value!r} is unknown; known: {', '.join(HEADS) or 'none'}")
+            raise ValueError(f"head {value!r} is unknown; known: {', '.join(HEADS)}")
         return value
 
 
@@ -97,6 +102,8 @@ class PredictionSpec(BaseModel):
         several = any(member.decoders for member in self.members)
         if several and (self.combine == "single" or self.activation == "dirichlet"):
             raise ValueError("members with several decoders take 'mean_probabilities' of softmax or sigmoid")
+        if any(member.head and (member.decoders or self.activation == "dirichlet") for member in self.members):
+            raise ValueError("members with a head have no further decoders, and take softmax or sigmoid")
         if len({member.architecture.dims for member in self.members}) != 1:
             raise ValueError("members must agree on 2D or 3D: they see the same tiles")
         return self
@@ -105,6 +112,16 @@ class PredictionSpec(BaseModel):
     def output_activation(self) -> Activation:
         """What turns the combined logits into probabilities."""
         return "softmax" if self.combine == "mean_probabilities" and self.activation == "dirichlet" else self.activation
+
+    @property
+    def channels(self) -> frozenset[int] | None:
+        """Image channels that at least one member looks at; None: all."""
+        seen: set[int] = set()
+        for member in self.members:
+            if member.channels is None:
+                return None
+            seen |= set(member.channels)
+        return frozenset(seen)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -171,12 +188,18 @@ def build_member(member: Member, n_channels: int, n_outputs: int, activation: Ac
             variant.deep_supervision = False
             variants.append(variant)
         network = DecoderEnsemble(network, variants, activation)
+    elif member.head == "refine" and activation != "dirichlet":
+        network = RefinedNetwork(network, RefineHead(member.architecture, n_outputs, activation, seed=0))
     return network.eval().requires_grad_(False)
 
 
 def member_parts(member: Member, network: nn.Module) -> dict[str, nn.Module]:
     """The modules of `build_member`'s network by their entry in the checkpoint's `networks`."""
-    modules = [network.network, *network.decoders] if isinstance(network, DecoderEnsemble) else [network]
+    modules = [network]
+    if isinstance(network, DecoderEnsemble):
+        modules = [network.network, *network.decoders]
+    elif isinstance(network, RefinedNetwork):
+        modules = [network.network, network.head]
     return dict(zip(member.parts, modules, strict=True))
 
 

@@ -19,7 +19,7 @@ from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preproces
 from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers.setup import RunSetup, resolve
 from autossl.trainers.train import TrainRequest, train
-from family import METHODS, NAMES, configuration_name, make, needed_settings
+from family import METHODS, NAMES, add_channel, configuration_name, make, needed_settings
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(10, 40, 40))
 CONFIGURATIONS = ("2d", "3d_fullres")
@@ -47,13 +47,13 @@ def request(
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace in which all that fold 0 of the budget may not see is garbage, raw and preprocessed."""
     workspace = Workspace(tmp_path_factory.mktemp("leaks"))
-    make_phantom_dataset(workspace.raw, PHANTOM)
+    add_channel(make_phantom_dataset(workspace.raw, PHANTOM))
     options = PlanOptions(preset="nano", configurations=CONFIGURATIONS)
     plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, options, n_workers=1))
     _make_it_small(workspace.preprocessed_folder(PHANTOM.name) / "plans_nano.json")
     found = [forbidden_files(resolve(request(workspace, configuration=name))) for name in CONFIGURATIONS]
     for paths in found:
-        assert len(paths) == 16, [str(path) for path in paths]
+        assert len(paths) == 18, [str(path) for path in paths]
     for path in {path for paths in found for path in paths}:
         path.write_bytes(PLANTED)
     return workspace

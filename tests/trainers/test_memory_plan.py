@@ -28,7 +28,7 @@ from autossl.trainers.methods.mean_teacher import MeanTeacher
 from autossl.trainers.registry import METHODS
 from autossl.trainers.setup import RunSetup, resolve
 from autossl.trainers.train import TrainRequest, train
-from family import configuration_name, family_batch, make, needed_settings
+from family import add_channel, configuration_name, family_batch, make, needed_settings
 from toys import toy_architecture, toy_configuration
 
 PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=2, n_test=0, shape_zyx=(8, 32, 32))
@@ -146,7 +146,7 @@ def test_the_small_patch_keeps_the_shape_of_the_network() -> None:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("memory"))
-    make_phantom_dataset(workspace.raw, PHANTOM)
+    add_channel(make_phantom_dataset(workspace.raw, PHANTOM))
     options = PlanOptions(preset="nano", configurations=("2d", "3d_fullres"))
     plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, options, n_workers=1))
     return workspace
