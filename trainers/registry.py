@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.trainers.base import MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.methods.bcp import BidirectionalCopyPaste
+from autossl.trainers.methods.c3s3 import CompetitiveContrast
 from autossl.trainers.methods.cad import CAD
 from autossl.trainers.methods.cps import CPS
+from autossl.trainers.methods.criinet import CRIINet
 from autossl.trainers.methods.dtc import DualTaskConsistency
 from autossl.trainers.methods.entropy_min import EntropyMinimization
 from autossl.trainers.methods.ersr import EllipseRefinement
@@ -48,6 +50,8 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "ersr": EllipseRefinement,
     "spcl": SelfPacedContrast,
     "mcl_cs": MultiscaleContrast,
+    "criinet": CRIINet,
+    "c3s3": CompetitiveContrast,
     "medl": MutualEvidential,
     "transmedseg": TransMedSeg,
     "m3hl": MutualMaskMix,
