@@ -404,6 +404,8 @@ def test_common_background_halves_the_cross_supervision(caplog: pytest.LogCaptur
     batch = toy_batch(method.job)
     method.losses(batch, at)
     assert bool(method._few_foreground)
+    method.after_step(Progress(700, 2000))
+    assert method.parts.memory["few_foreground_steps"] == 0, "not before the ramp's end"
     method.parts.memory["few_foreground_steps"] = 37
     with caplog.at_level(logging.WARNING):
         method.after_step(at)

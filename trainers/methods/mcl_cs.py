@@ -167,7 +167,8 @@ class MultiscaleContrast(SemiSupervisedTrainer):
         memory = self.parts.memory
         for bank, rows in self._fresh:
             memory[bank].push(rows.e, rows.labels)
-        if self._few_foreground is None or memory["cross_halved"]:
+        early = at.fraction < self.settings.ramp_end  # supervised runs, too, begin with a stretch of background alone
+        if self._few_foreground is None or memory["cross_halved"] or early:
             return
         few = bool(self._few_foreground)
         memory["few_foreground_steps"] = memory["few_foreground_steps"] + 1 if few else 0
