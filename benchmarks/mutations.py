@@ -176,6 +176,16 @@ MUTATIONS = (
         " * (judged[other][0].exp().mean() / judged[other][0].exp().mean().detach())",
     ),
     one("cps", FLIPPED_SIGN, "{name: weight * term", "{name: -weight * term"),
+    one(
+        "m_and_n",
+        WRONG_TARGET,
+        "self._logits(PARTNER[learner], unlabeled.image, at)[0])",
+        "self._logits(learner, unlabeled.image, at)[0])",
+    ),
+    one("m_and_n", MISSING_DETACH, "        with torch.no_grad():\n            yield", "        yield"),
+    one("m_and_n", FLIPPED_SIGN, 'f"pseudo_{short}": pseudo + doubt}', 'f"pseudo_{short}": doubt - pseudo}'),
+    one("m_and_n", "both learn", "            (learner,),\n        )", "            None,\n        )"),
+    one("m_and_n", "no labeled patch is left", "max(1, batch_size - 1)", "batch_size"),
 )
 
 
