@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autossl.trainers.components.shapes import (
     Ellipsoid,
+    MirrorPlanes,
     Points,
     boundary_band,
     fit_ellipsoid,
@@ -184,6 +185,37 @@ def test_a_mirror_image_passes_the_gradient_on() -> None:
     (mirror_image(x, torch.tensor([1.5, 1.5]), torch.tensor([0.0, 1.0])) * weight).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, weight.flip(2))
+
+
+def test_each_patch_has_a_mirror_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 2, 6, 7, generator=generator)
+    centers, normals = torch.tensor([[2.5, 3.0], [0.0, 0.0], [2.0, 9.0]]), torch.tensor([[1.0, 0.0], [2.0, 1], [0, 1]])
+    planes = MirrorPlanes.through(centers, normals, (6, 7), (1.0, 2.0))
+    alone = [mirror_image(*of, (1.0, 2.0)) for of in zip(x, centers, normals, strict=True)]
+    assert torch.equal(planes.mirror(x), torch.stack(alone))
+
+
+def test_halves_of_a_mirrored_patch() -> None:
+    """The line itself belongs to the second half; what is mirrored from beyond the border is not inside."""
+    planes = MirrorPlanes.through(torch.tensor([[4.0, 0.0]]), torch.tensor([[1.0, 0.0]]), (7, 3))
+    assert planes.first_half[0, 0, :, 1].tolist() == [True] * 4 + [False] * 3
+    assert planes.inside[0, 0, :, 1].tolist() == [False] * 2 + [True] * 5
+    at = torch.tensor([[8.0, 0.0]])
+    in_mm = MirrorPlanes.through(at, torch.tensor([[1.0, 0.0]]), (7, 3), (2.0, 1.0))
+    assert torch.equal(in_mm.first_half, planes.first_half)
+    assert torch.equal(in_mm.source, planes.source)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, 1.0, 2.2])
+def test_a_voxel_and_its_mirror_image_lie_in_different_halves(angle: float) -> None:
+    normal = torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+    center = torch.tensor([[20.3, 18.9]], dtype=torch.float64)
+    planes = MirrorPlanes.through(center, normal, (40, 40))
+    place = torch.stack(torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij"), -1).double()
+    far = (((place - center) @ normal[0]).abs() > 1)[None, None]  # nearer, rounding may bring it back
+    other = planes.mirror(planes.first_half)
+    assert torch.equal(other[far & planes.inside], ~planes.first_half[far & planes.inside])
 
 
 # --------------------------------------------------------------------------------------------------------------- band
