@@ -177,6 +177,56 @@ MUTATIONS = (
     ),
     one("cps", FLIPPED_SIGN, "{name: weight * term", "{name: -weight * term"),
     one(
+        "transmedseg",
+        WRONG_TARGET,
+        'self._rows(features["dec:last"][n_mixed:], labeled.target,',
+        'self._rows(features["dec:last"][: len(labeled)], labeled.target,',
+    ),
+    Mutation(
+        "transmedseg",
+        MISSING_DETACH,
+        (
+            TEACHER_WITH_GRADIENT[0],
+            Edit(
+                "methods/transmedseg.py",
+                "        with torch.no_grad():\n            z_teacher",
+                "        with torch.enable_grad():\n            z_teacher",
+            ),
+        ),
+    ),
+    one("transmedseg", EXTRA_DETACH, "functional.linear(f.float(),", "functional.linear(f.detach().float(),"),
+    one(
+        "transmedseg",
+        "moved the wrong way",
+        "(self.unlabeled_moments.mean - self.labeled_moments.mean)",
+        "(self.labeled_moments.mean - self.unlabeled_moments.mean)",
+    ),
+    one("transmedseg", "narrowed instead of spread", "+ 0.5 * spread", "- 0.5 * spread", "components/transfer.py"),
+    one("transmedseg", FLIPPED_SIGN, '["tsa"] = weight * tsa', '["tsa"] = -weight * tsa'),
+    one(
+        "cad", WRONG_TARGET, "hard_label_dice(z, decided[OTHER[key]].labels,", "hard_label_dice(z, decided[key].labels,"
+    ),
+    one(
+        "cad",
+        MISSING_DETACH,
+        "+ decided[OTHER[key]].doubt",
+        "+ decided[OTHER[key]].doubt + z_of[OTHER[key]][0].mean() - z_of[OTHER[key]][0].mean().detach()",
+    ),
+    one(
+        "cad",
+        "replaced from the same view",
+        "displaced(image[key], image[other], moves[key])",
+        "displaced(image[key], image[key], moves[key])",
+    ),
+    one(
+        "cad",
+        "sure regions are replaced",
+        "low = (mine.confidence < limits.threshold) & valid\n",
+        "low = (mine.confidence > limits.threshold) & valid\n",
+        "components/displacement.py",
+    ),
+    one("cad", FLIPPED_SIGN, "{name: weight * term for", "{name: -weight * term for"),
+    one(
         "m_and_n",
         WRONG_TARGET,
         "self._logits(PARTNER[learner], unlabeled.image, at)[0])",
