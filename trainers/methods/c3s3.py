@@ -8,7 +8,6 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from autossl.networks.build import other_kind
 from autossl.networks.features import forward_features, tap_channels
@@ -26,25 +25,16 @@ from autossl.trainers.base import (
     derive_seed,
     setting,
 )
+from autossl.trainers.components.competition import direction_distance, labeled_score, sharpened
 from autossl.trainers.components.contrast import rows_at
 from autossl.trainers.components.heads import Projector
-from autossl.trainers.components.losses import (
-    connected_zero,
-    masked_bce,
-    masked_ce,
-    one_hot,
-    probability_mse,
-    soft_dice,
-)
+from autossl.trainers.components.losses import probability_mse
 from autossl.trainers.components.outcome_contrast import claims, contrast_voxels, drawn_classes, iuc_loss
-from autossl.trainers.components.pseudo import sharpen
 from autossl.trainers.components.schedules import sigmoid_ramp
 
 RELEASE = "He et al. 2025, released code"
 KEYS = ("a", "b")
 TAP = "dec:last"
-SMALLEST_NORM = 1e-3
-"""Logits that are shorter have no direction to speak of; it bounds the gradient of the cosine."""
 
 
 class CompetitiveContrastSettings(MethodSettings):
@@ -217,48 +207,20 @@ class CompetitiveContrast(SemiSupervisedTrainer):
             for key, views in seen.items()
         }
 
-    @torch.no_grad()
     def _score(self, views: Sequence[Seen], labeled: StreamBatch) -> Tensor:
-        """How badly a network does on the labeled patches: a·CE + (1 - a)·Dice loss, summed over both views.
-
-        A class that no label shows is left out of the Dice.
-        """
-        target, valid, regions = labeled.target, labeled.valid, self.job.schema.has_regions
-        y = target if regions else one_hot(target, self.job.schema.n_outputs)[:, 1:]
-        present = ((y > 0) & valid).flatten(2).any(2).any(0)
-        scores = []
-        for z in (view.z[0] for view in views):
-            p = self.job.probabilities(z)
-            dice = soft_dice(p if regions else p[:, 1:], y.float(), valid)
-            wrong = torch.where(present, 1 - dice, 0).sum() / present.sum().clamp(min=1)
-            ce = (masked_bce if regions else masked_ce)(z, target, valid)
-            scores.append(self.settings.ce_share * ce + (1 - self.settings.ce_share) * wrong)
-        return torch.stack(scores).sum()
+        """How badly a network does on both views of the labeled patches."""
+        a, regions = self.settings.ce_share, self.job.schema.has_regions
+        return torch.stack([labeled_score(v.z[0], labeled.target, labeled.valid, a, regions) for v in views]).sum()
 
     def _competition(self, winner: Sequence[Seen], loser: Sequence[Seen], valid: Tensor) -> Tensor:
         """The loser's distance to the winner's sharpened predictions of unlabeled patches, over both views."""
-        terms = []
-        for theirs, mine in zip(winner, loser, strict=True):
-            z, temperature = theirs.z[0].detach().float(), self.settings.temperature
-            regions = self.job.schema.has_regions
-            target = torch.sigmoid(z / temperature) if regions else sharpen(torch.log_softmax(z, 1), temperature)
-            terms.append(probability_mse(self.job.probabilities(mine.z[0]), target, valid))
-        return torch.stack(terms).sum()
+        q = [sharpened(view.z[0], self.settings.temperature, self.job.schema.has_regions) for view in winner]
+        p = [self.job.probabilities(view.z[0]) for view in loser]
+        return torch.stack([probability_mse(*pair, valid) for pair in zip(p, q, strict=True)]).sum()
 
     def _consistency(self, views: Sequence[Seen], counted: Tensor) -> Tensor:
-        """Mean over the counted voxels of 1 - the cosine between both views' logits along the classes, in [0, 2].
-
-        Regions: between (p, 1 - p) of each, in [0, 1], since a single logit has no direction.
-        """
-        if not bool(counted.any()):
-            return connected_zero(views[0].z[0])
-        first, second = (torch.where(counted, view.z[0].float(), 1) for view in views)
-        if not self.job.schema.has_regions:
-            distance = 1 - functional.cosine_similarity(first, second, 1, SMALLEST_NORM).unsqueeze(1)
-        else:
-            sides = [torch.stack([torch.sigmoid(z), torch.sigmoid(-z)], 1) for z in (first, second)]
-            distance = 1 - functional.cosine_similarity(*sides, 1, SMALLEST_NORM)
-        return torch.where(counted, distance, 0).sum() / (counted.sum() * distance.shape[1])
+        """How differently a network answers its two views."""
+        return direction_distance(views[0].z[0], views[1].z[0], counted, self.job.schema.has_regions)
 
     def _contrast(
         self, seen: Mapping[str, Sequence[Seen]], counted: Tensor, at: Progress
