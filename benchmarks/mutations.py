@@ -177,6 +177,39 @@ MUTATIONS = (
     ),
     one("cps", FLIPPED_SIGN, "{name: weight * term", "{name: -weight * term"),
     one(
+        "c3s3",
+        WRONG_TARGET,
+        "self._competition(rest[winner], rest[loser],",
+        "self._competition(rest[loser], rest[winner],",
+    ),
+    one(
+        "c3s3",
+        MISSING_DETACH,
+        "@torch.no_grad()\ndef sharpened(",
+        "def sharpened(",
+        "components/competition.py",
+    ),
+    one("c3s3", "the wrong voxels", "~union[:, claimed]", "union[:, claimed]", "components/outcome_contrast.py"),
+    one("c3s3", FLIPPED_SIGN, "losses[name] = weights[name] * term", "losses[name] = -weights[name] * term"),
+    one(
+        "medl",
+        WRONG_TARGET,
+        "labels, w = opinion.belief.argmax(1, keepdim=True)",
+        'labels, w = evidence["a"].alpha.detach().argmax(1, keepdim=True)',
+    ),
+    one("medl", MISSING_DETACH, "    @torch.no_grad()\n    def _fused(", "    def _fused("),
+    one(
+        "medl",
+        "hard before easy",
+        "torch.tanh(psi * (2 * r - 1))",
+        "torch.tanh(psi * (1 - 2 * r))",
+        "components/evidence.py",
+    ),
+    one(
+        "medl", "information lost", "error - information_weight", "error + information_weight", "components/evidence.py"
+    ),
+    one("medl", FLIPPED_SIGN, "{name: weights[name] * (term", "{name: -weights[name] * (term"),
+    one(
         "transmedseg",
         WRONG_TARGET,
         'self._rows(features["dec:last"][n_mixed:], labeled.target,',
