@@ -191,6 +191,8 @@ class EllipseRefinement(SemiSupervisedTrainer):
         ]
         share = selected_share(at.phase_fraction)
         chosen = [select_regular(*pair, share) for pair in zip(scores, self._earlier(scores, at), strict=True)]
+        if not torch.isfinite(q).all():  # a teacher that broke leaves no trace
+            self._scored = None
         used = np.array(chosen).T
         targets = ellipse_targets(q[:, self.elliptic], unlabeled.valid, used, spacing, settings.refine)
         return targets, {
