@@ -72,6 +72,11 @@ def test_equal_and_opposite_rows_have_finite_gradients() -> None:
     assert e.grad.isfinite().all()
 
 
+def test_rows_that_are_not_finite_are_not_hidden() -> None:
+    rows = Rows(torch.tensor([[1.0, 0.0], [math.nan, 0.0]]), torch.tensor([1, 0]))
+    assert RankedListLoss()(ANCHOR, rows).losses.isnan().all()
+
+
 def test_half_precision_is_computed_in_single() -> None:
     rows = Rows(at_distance(0.2, 1.0).half(), torch.tensor([0, 1]))
     with torch.autocast("cpu", torch.bfloat16):

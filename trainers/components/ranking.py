@@ -61,4 +61,6 @@ class RankedListLoss:
             logits = (self.sharpness * missing.detach()).masked_fill(~near, torch.finfo(torch.float32).min)
             weights = torch.where(near, torch.softmax(logits, 1), 0) if candidates.labels.numel() else missing.detach()
             negative = (weights * torch.where(near, missing, 0)).sum(1)
-        return Ranked((positive + negative) / 2, far | near)
+            # comparisons hide what is not finite
+            losses = (positive + negative) / 2 + 0 * d.detach().sum(1)
+        return Ranked(losses, far | near)
