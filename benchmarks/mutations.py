@@ -269,6 +269,24 @@ MUTATIONS = (
     one("m_and_n", FLIPPED_SIGN, 'f"pseudo_{short}": pseudo + doubt}', 'f"pseudo_{short}": doubt - pseudo}'),
     one("m_and_n", "both learn", "            (learner,),\n        )", "            None,\n        )"),
     one("m_and_n", "no labeled patch is left", "max(1, batch_size - 1)", "batch_size"),
+    one("ersr", WRONG_TARGET, "probability_mse(mine, theirs, w) * reliance", "probability_mse(mine, 1 - theirs, w)"),
+    one(
+        "ersr",
+        "the irregular patches",
+        "key=lambda index: everything[index])",
+        "key=lambda index: -everything[index])",
+        "components/ellipse_labels.py",
+    ),
+    one(
+        "ersr",
+        "mirrored at the short axis",
+        "fit.ellipse.directions[-1] if q.ndim == 2",
+        "fit.ellipse.directions[0] if q.ndim == 2",
+        "components/ellipse_labels.py",
+    ),
+    Mutation("ersr", MISSING_DETACH, TEACHER_WITH_GRADIENT),
+    one("ersr", EXTRA_DETACH, "if self.settings.detach_sym:", "if not self.settings.detach_sym:"),
+    one("ersr", FLIPPED_SIGN, "weights[name] * (term + doubt)", "-weights[name] * (term + doubt)"),
 )
 
 
