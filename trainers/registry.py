@@ -18,6 +18,7 @@ from autossl.trainers.methods.dtc import DualTaskConsistency
 from autossl.trainers.methods.entropy_min import EntropyMinimization
 from autossl.trainers.methods.ersr import EllipseRefinement
 from autossl.trainers.methods.fixmatch import FixMatch
+from autossl.trainers.methods.fsmifnet import SimilarityFusion
 from autossl.trainers.methods.m3hl import MutualMaskMix
 from autossl.trainers.methods.m_and_n import MAndN
 from autossl.trainers.methods.mcl_cs import MultiscaleContrast
@@ -55,6 +56,7 @@ METHODS: dict[str, type[SemiSupervisedTrainer]] = {
     "medl": MutualEvidential,
     "transmedseg": TransMedSeg,
     "m3hl": MutualMaskMix,
+    "fsmifnet": SimilarityFusion,
     "m_and_n": MAndN,
     "cad": CAD,
 }

@@ -97,6 +97,11 @@ class Exchange:
         return true_1 + true_2, pseudo_1 + pseudo_2 + 0 * self.pseudo.confidence.mean()
 
     @property
+    def inside(self) -> Tensor:
+        """Boolean [2n, 1, *S]: what is not from outside an unlabeled image; without a label nothing is ignored."""
+        return self.mixed(torch.ones_like(self.labeled.valid), self.unlabeled.valid)
+
+    @property
     def pseudo_share(self) -> Tensor:
         """Share of the mixtures' voxels that pseudo-labels judge."""
         v_ua, v_ub = halves(self.unlabeled.valid, len(self.mask))
@@ -132,6 +137,10 @@ class CopyPaste:
     def image(self) -> Tensor:
         """[n, Ci, *S]."""
         return mix(*self.images, self.mask)
+
+    def mixed(self, a: Tensor, b: Tensor) -> Tensor:
+        """[n, c, *S'] from values of both halves, such as features; the mask is brought to S' by nearest neighbor."""
+        return mix(a, b, at_level(self.mask, a.shape[2:]))
 
     def loss(self, z: Levels, regions: bool = False) -> Tensor:
         """`region_mix_loss` with both weights 1, from logits of `image`."""

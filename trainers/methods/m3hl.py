@@ -206,8 +206,7 @@ class MutualMaskMix(SemiSupervisedTrainer):
             wanted: the teacher's features of the unlabeled patches, [B_u, c, *S'].
         """
         n, shape = len(exchange.mask), mine.shape[2:]
-        everywhere = torch.ones_like(exchange.labeled.valid)
-        inside = at_level(exchange.mixed(everywhere, exchange.unlabeled.valid), shape)
+        inside = at_level(exchange.inside, shape)
         valids, targets = halves(at_level(exchange.unlabeled.valid, shape), n), halves(wanted, n)
         distances = [
             distance(mine[rows], targets[j], inside[rows] & valids[j])
