@@ -176,6 +176,25 @@ MUTATIONS = (
         " * (judged[other][0].exp().mean() / judged[other][0].exp().mean().detach())",
     ),
     one("cps", FLIPPED_SIGN, "{name: weight * term", "{name: -weight * term"),
+    one("mcl_cs", WRONG_TARGET, "clean.given[other], valid", "clean.given[key], valid"),
+    one(
+        "mcl_cs",
+        MISSING_DETACH,
+        "hard_label_loss(z[key], clean.given[other], valid, regions=regions)",
+        "hard_label_loss(z[key], clean.given[other], valid, regions=regions)"
+        " * (z[other][0].exp().mean() / z[other][0].exp().mean().detach())",
+    ),
+    one("mcl_cs", "the wrong voxels", "torch.minimum(sure, also_sure)", "torch.maximum(sure, also_sure)"),
+    one("mcl_cs", FLIPPED_SIGN, "{name: weights[name] * term", "{name: -weights[name] * term"),
+    one(
+        "criinet",
+        WRONG_TARGET,
+        "(z[0][n:], refined[n:], unlabeled.valid)\n            losses",
+        "(refined[n:], z[0][n:], unlabeled.valid)\n            losses",
+    ),
+    one("criinet", MISSING_DETACH, "q if self.settings.sym else q.detach()", "q"),
+    one("criinet", "the wrong pairs", "~_diagonal(n, e))", "_diagonal(n, e))"),
+    one("criinet", FLIPPED_SIGN, "losses[name] = weights[name] * term", "losses[name] = -weights[name] * term"),
     one(
         "c3s3",
         WRONG_TARGET,
