@@ -49,11 +49,12 @@ class ImageChannels:
         return groups[:2] if len(groups) >= 2 else tuple((number,) for number in range(len(self.names)))[:2]
 
     def name_of(self, channels: Sequence[int]) -> str:
-        """The group's name, or the channels' names joined by `+`."""
+        """The group's name, or the channels' names joined by `+`; numbers where several channels have one name."""
         for name, members in self.groups.items():
             if set(members) == set(channels):
                 return name
-        return TOGETHER.join(self.names[channel] for channel in channels)
+        names = [name if self.names.count(name) == 1 else str(number) for number, name in enumerate(self.names)]
+        return TOGETHER.join(names[channel] for channel in channels)
 
     def listed(self, of: Iterable[Sequence[int]]) -> str:
         """Several sets of channels in words, for a message."""
