@@ -3,7 +3,10 @@
 Faithful to Peng et al. 2021 and their release: the loss, its temperature, the projectors on the bottleneck, the
 pre-training of the encoder, the pace of both phases. Reconstruction: the bank of earlier rows (a batch of patches has
 few positives), the tolerance scaled to the number of candidates, 3D positions, phases as shares of the run, and that
-axes which tell a position are not mirrored for these patches. Left out: contrast in the decoder, which is optional in
+axes which tell a position are not mirrored for these patches. The pooled features are standardized by their running
+moments, which is ours as well: instance normalization has taken out of them nearly all that a mean over space can tell,
+so that patches differ by a few percent and the contrast of the release, made for batch normalization, starts from
+cosines of 0.998 and collapses. Left out: contrast in the decoder, which is optional in
 the paper, and consistency between the views.
 """
 
@@ -36,7 +39,7 @@ from autossl.trainers.base import (
     poly_over_phase,
     setting,
 )
-from autossl.trainers.components.banks import ClassBank
+from autossl.trainers.components.banks import ClassBank, ClassMoments
 from autossl.trainers.components.contrast import (
     Rows,
     has_negatives,
@@ -46,7 +49,7 @@ from autossl.trainers.components.contrast import (
     self_paced_weights,
 )
 from autossl.trainers.components.heads import Projector
-from autossl.trainers.components.losses import connected_zero
+from autossl.trainers.components.losses import EPS, connected_zero
 from autossl.trainers.components.meta_labels import MetaLabel, PositionBins, meta_labels, position_bins
 
 logger = logging.getLogger(__name__)
@@ -61,8 +64,8 @@ CANDIDATES = 59
 """Of an anchor in the release: a batch of 30 in two views, less itself. Its tolerances were found with these."""
 DIM = 256
 """Of the projectors' hidden layer and of the embeddings."""
-WARM_UP, PRETRAINING_RATE = 0.05, 5e-3
-"""Share of the pre-training in which its learning rate grows; half of the usual rate."""
+WARM_UP, PRETRAINING_RATE = 0.05, 0.5
+"""Share of the pre-training in which its learning rate grows, and that rate in units of the plan's."""
 SMALLEST_MEAN = 1e-3
 """A loss is divided by no smaller mean of its pair weights, where hardly any pair is easy enough."""
 
@@ -124,6 +127,8 @@ class SelfPacedContrast(SemiSupervisedTrainer):
         self._reported: set[str] = set()
         parts = Parts(trained={"network": job.build_network()})
         channels = tap_channels(job.configuration.architecture, "bottleneck")
+        if self.kinds:
+            parts.memory["pooled"] = ClassMoments(1, channels, cov="diag", decay=0.9)
         for kind in self.kinds:
             seed = derive_seed(job.seed, "projector", kind)
             parts.trained[f"project_{kind}"] = Projector(channels, DIM, DIM, norm=None, pool="global", seed=seed)
@@ -135,10 +140,7 @@ class SelfPacedContrast(SemiSupervisedTrainer):
         if not self.kinds or self.settings.lambda_pre == 0:
             return [Phase(SEMI_SUPERVISED)]
         projectors = [f"project_{kind}" for kind in self.kinds]
-        first = [
-            ParameterGroup(prefix, learning_rate=PRETRAINING_RATE, factor=warm_up_and_poly)
-            for prefix in ("network.encoder", *projectors)
-        ]
+        first = [ParameterGroup(prefix, factor=warm_up_and_poly) for prefix in ("network.encoder", *projectors)]
         then = [ParameterGroup(prefix, factor=poly_over_phase) for prefix in ("network", *projectors)]
         r_pre = self.settings.r_pre
         return [Phase(PRETRAINING, r_pre, tuple(first)), Phase(SEMI_SUPERVISED, 1 - r_pre, tuple(then))]
@@ -222,6 +224,7 @@ class SelfPacedContrast(SemiSupervisedTrainer):
         """One term per label, of the deepest features [2n, c, *S] of n patches, first views first."""
         weight, labels = self._weight(at), self._labels(stream)
         output = StepOutput({}, {"contrast_weight": weight})
+        f = self._standardized(f)
         for kind in self.kinds:
             e, label = self.parts.trained[f"project_{kind}"](f), labels[kind]
             rows, bank = Rows(e, label.values.repeat(2), label.known.repeat(2)), self._bank(kind)
@@ -232,6 +235,12 @@ class SelfPacedContrast(SemiSupervisedTrainer):
             output.losses[f"contrast_{kind}"] = weight * loss
             output.measures[f"contrast_{kind}"] = loss.detach()
         return output
+
+    def _standardized(self, f: Tensor) -> Tensor:
+        """Means over space [2n, c], less their running mean, in units of their running deviation; no gradient there."""
+        pooled, moments = f.float().flatten(2).mean(2), self.parts.memory["pooled"]
+        moments.update(pooled.detach(), torch.zeros(len(pooled), dtype=torch.long, device=f.device))
+        return (pooled - moments.mean[0].clone()) / (moments.cov[0].clone() + EPS).sqrt()
 
     def _term(self, kind: str, rows: Rows, bank: Rows | None, at: Progress, output: StepOutput) -> Tensor:
         """The loss of one label, and what it acts on."""
@@ -266,8 +275,8 @@ class SelfPacedContrast(SemiSupervisedTrainer):
 
 
 def warm_up_and_poly(at: Progress) -> float:
-    """A straight line over the first 5 % of the phase, times (1 - u) ** 0.9."""
-    return min(1.0, through_phase(at) / WARM_UP) * poly_over_phase(at)
+    """Half of: a straight line over the first 5 % of the phase, times (1 - u) ** 0.9."""
+    return PRETRAINING_RATE * min(1.0, through_phase(at) / WARM_UP) * poly_over_phase(at)
 
 
 def through_phase(at: Progress) -> float:
