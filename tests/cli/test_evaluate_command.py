@@ -90,7 +90,7 @@ def test_every_method_is_listed_in_one_line(capsys: pytest.CaptureFixture[str]) 
 def test_a_method_is_shown_with_idea_citation_needs_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert methods.main(["mean_teacher"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("student must match", "arXiv:1703.01780", "a teacher", "lambda_max = 0.1", "SSL4MIS"):
+    for text in ("student must match", "arXiv:1703.01780", "a teacher", "lambda_max = 1.0", "SSL4MIS"):
         assert text in printed
 
 

@@ -70,7 +70,7 @@ def test_a_run_folder_holds_what_prediction_needs(workspace: Workspace) -> None:
     assert not any("latest" in name or "partial" in name for name in names)
     spec = json.loads((result.folder / "run.json").read_text())
     assert spec["total_steps"] == 4
-    assert spec["settings"]["lambda_max"] == 0.1
+    assert spec["settings"]["lambda_max"] == 1.0
     assert len(spec["folds"]["0"]["labeled"]) + len(spec["folds"]["0"]["validation"]) == 6
     validation = result.folds[0].validation
     assert validation is not None
@@ -128,7 +128,7 @@ def test_another_specification_is_refused_by_its_field(workspace: Workspace) -> 
         train(request(workspace, steps=5))
     assert "--overwrite" in str(caught.value)
     assert train(request(workspace, steps=5, overwrite=True)).spec.total_steps == 5
-    changed = train(request(workspace, method="mean_teacher", settings={"lambda_max": "1"}))
+    changed = train(request(workspace, method="mean_teacher", settings={"lambda_max": "2"}))
     assert "__mean_teacher__set-" in changed.folder.name, "an ablation never lands in its method's folder"
 
 
