@@ -306,6 +306,26 @@ MUTATIONS = (
     Mutation("ersr", MISSING_DETACH, TEACHER_WITH_GRADIENT),
     one("ersr", EXTRA_DETACH, "if self.settings.detach_sym:", "if not self.settings.detach_sym:"),
     one("ersr", FLIPPED_SIGN, "weights[name] * (term + doubt)", "-weights[name] * (term + doubt)"),
+    one("spcl", WRONG_TARGET, "label.values.repeat(2)", "label.values.repeat_interleave(2)"),
+    Mutation(
+        "spcl",
+        MISSING_DETACH,
+        (
+            Edit(
+                "components/contrast.py", "    values = values.detach()\n    return (values <=", "    return (values <="
+            ),
+            Edit("components/contrast.py", "given.detach().float()[anchors]", "given.float()[anchors]"),
+        ),
+    ),
+    one("spcl", FLIPPED_SIGN, "= weight * loss", "= -weight * loss"),
+    one(
+        "spcl",
+        "hard pairs count more",
+        "(1 - values / gamma).clamp(min=0)",
+        "(values / gamma).clamp(max=1)",
+        "components/contrast.py",
+    ),
+    one("spcl", "mirrored positions", "unmirrored_axes=axes", "unmirrored_axes=()"),
 )
 
 

@@ -127,13 +127,28 @@ def test_no_gradient_through_the_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     e = torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=1).requires_grad_(True)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    loss = mean_over_anchors(pair_losses(Rows(e, labels), 0.5), lambda values: self_paced_weights(values, 3.0))
-    constant = self_paced_weights(pair_losses(Rows(e, labels), 0.5).values, 3.0)
     pairs = pair_losses(Rows(e, labels), 0.5)
+    loss = mean_over_anchors(pairs, self_paced_weights(pairs.values, 3.0))
+    constant = self_paced_weights(pairs.values.detach(), 3.0)
     by_hand = (torch.where(pairs.positive, constant * pairs.values, 0).sum(1) / 2).mean()
-    found, expected = torch.autograd.grad(loss, e)[0], torch.autograd.grad(by_hand, e)[0]
+    found, expected = (torch.autograd.grad(value, e, retain_graph=True)[0] for value in (loss, by_hand))
     assert torch.allclose(found, expected, atol=1e-7)
     assert found.abs().sum() > 0
+
+
+def test_no_gradient_through_the_weights_of_the_method() -> None:
+    method = make(labels="patient", gamma_start=3.0, gamma_end=3.0)
+    batch, at = batch_of(method), at_step(method, 39)
+    assert batch.unlabeled is not None
+    pairs = pair_losses(Rows(embeddings(method, "patient", batch.unlabeled), torch.tensor([0, 1] * 4)), 0.07)
+    w = torch.where(pairs.positive, (1 - pairs.values.detach() / 3).clamp(min=0), 0)
+    assert len(w[pairs.positive].unique()) > 2
+    by_hand = 0.1 * (w * pairs.values).sum() / w.sum()  # as many positives for all
+    parameters = list(method.parts.trained["project_patient"].parameters())
+    expected = torch.autograd.grad(by_hand, parameters)
+    found = torch.autograd.grad(method.losses(batch, at).losses["contrast_patient"], parameters)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ what is alike
