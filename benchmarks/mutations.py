@@ -75,7 +75,7 @@ CONFIDENCE_WITH_GRADIENT = (
 """The same values, but the weight of a voxel pulls at the prediction that it comes from."""
 
 WEIGHTED = '"consistency": weight * consistency'
-MIXING = "components/mixing.py"
+MIXING, SIMILARITY = "components/mixing.py", "components/similarity.py"
 WRONG_TARGET, MISSING_DETACH, FLIPPED_SIGN = "wrong target", "missing detach", "flipped sign"
 EXTRA_DETACH = "a detach too many"
 MUTATIONS = (
@@ -326,6 +326,50 @@ MUTATIONS = (
         "components/contrast.py",
     ),
     one("spcl", "mirrored positions", "unmirrored_axes=axes", "unmirrored_axes=()"),
+    one(
+        "m3hl",
+        WRONG_TARGET,
+        "forward_features(self.teacher.network, unlabeled.image, taps)",
+        'forward_features(self.parts.trained["network"], unlabeled.image, taps)',
+    ),
+    Mutation(
+        "m3hl",
+        MISSING_DETACH,
+        (
+            TEACHER_WITH_GRADIENT[0],
+            Edit("methods/m3hl.py", "        with torch.no_grad():\n", "        with torch.enable_grad():\n"),
+        ),
+    ),
+    one("m3hl", FLIPPED_SIGN, "{name: weights[name] * term", "{name: -weights[name] * term"),
+    one("m3hl", "the wrong voxels", "inside[rows] & valids[j]", "inside[rows]"),
+    one(
+        "fsmifnet",
+        WRONG_TARGET,
+        "propagation_loss(guessed, propagated, wanted,",
+        "propagation_loss(guessed, wanted, wanted,",
+    ),
+    one("fsmifnet", "the wrong neighbors", "masked_fill(itself,", "masked_fill(itself & False,", SIMILARITY),
+    Mutation(
+        "fsmifnet",
+        MISSING_DETACH,
+        (
+            Edit(SIMILARITY, "@torch.no_grad()\ndef affinity(", "def affinity("),
+            Edit(SIMILARITY, "@torch.no_grad()\ndef propagate(", "def propagate("),
+            Edit("methods/fsmifnet.py", "propagate(e.detach(),", "propagate(e,"),
+        ),
+    ),
+    one(
+        "fsmifnet",
+        EXTRA_DETACH,
+        "self.job.probabilities(z), self.job.probabilities(z_fused)",
+        "self.job.probabilities(z), self.job.probabilities(z_fused.detach())",
+    ),
+    one(
+        "fsmifnet",
+        FLIPPED_SIGN,
+        "(self._ramped(settings.lambda_rel, at), loss)",
+        "(-self._ramped(settings.lambda_rel, at), loss)",
+    ),
 )
 
 
