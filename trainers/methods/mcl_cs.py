@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +129,11 @@ class MultiscaleContrast(SemiSupervisedTrainer):
             f"network_{key}": job.build_network(f"network_{key}", architecture=plan.architecture) for key in OTHER
         }
         parts = Parts(trained, memory={"few_foreground_steps": 0, "cross_halved": False})
-        pooled = {"patch": {"pool": cells}, "pixel": {"norm": None}}
+        options: dict[str, dict[str, Any]] = {"patch": {"pool": cells}, "pixel": {"norm": None}}
         n_classes = job.schema.n_outputs * (2 if job.schema.has_regions else 1)
         for scale in self._scales:
             width, seed = tap_channels(plan.architecture, self.taps[scale]), derive_seed(job.seed, f"{scale} head")
-            trained[f"{scale}_head"] = Projector(width, DIMS[scale], **pooled[scale], seed=seed)
+            trained[f"{scale}_head"] = Projector(width, DIMS[scale], **options[scale], seed=seed)
             parts.memory[f"{scale}_bank"] = ClassBank(n_classes, DIMS[scale], BANK_ROWS[scale])
         self._fresh: list[tuple[str, Rows]] = []
         self._few_foreground: Tensor | None = None
