@@ -50,7 +50,7 @@ def test_term_closed_form() -> None:
     for logits, expected in cases.items():
         output = step(set_outputs(method, logits))
         assert float(output.measures["entropy"]) == pytest.approx(expected, abs=1e-6)
-        assert output.losses["entropy"].item() == pytest.approx(0.1 * expected, abs=1e-7)
+        assert output.losses["entropy"].item() == pytest.approx(expected, abs=1e-6)
     binary = trainer(toy_job(schema=toy_schema(1)))
     batch = toy_batch(binary.job)
     batch.labeled.targets = (batch.labeled.target.clamp(max=1),)
@@ -61,8 +61,8 @@ def test_term_closed_form() -> None:
 def test_weight_follows_the_ramp() -> None:
     ats = [Progress(step=s, total=100) for s in (0, 50, 100)]
     weights = [float(step(trainer(), at=at).measures["entropy_weight"]) for at in ats]
-    assert weights == pytest.approx([0.00067379, 0.02865, 0.1], rel=1e-3)
-    assert float(step(trainer(ramp_end=0), at=ats[0]).measures["entropy_weight"]) == 0.1
+    assert weights == pytest.approx([0.0067379, 0.2865, 1.0], rel=1e-3)
+    assert float(step(trainer(ramp_end=0), at=ats[0]).measures["entropy_weight"]) == 1.0
 
 
 def test_gradient_is_the_analytic_one() -> None:

@@ -38,7 +38,9 @@ a short run begins with background alone."""
 class EntropyMinimizationSettings(MethodSettings):
     """What can be changed with --set."""
 
-    lambda_max: float = setting(0.1, "weight of the entropy term after its ramp", PORT, ge=0)
+    lambda_max: float = setting(
+        1.0, "weight of the entropy term after its ramp", f"ours: at 0.1 ({PORT}) it hardly acts", ge=0
+    )
     ramp_end: float = setting(1.0, "fraction of the run at which the ramp ends; 0: constant weight", PORT, ge=0)
     rows: Literal["unlabeled", "all"] = setting(
         "unlabeled", "patches whose entropy counts", "ours: the benchmark takes all, which sharpens labeled errors too"
