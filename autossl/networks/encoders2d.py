@@ -3,7 +3,8 @@
 The architecture is read off the file's names and shapes: residual networks as torchvision names them, of any depth and
 width, and EfficientNet and EfficientNet-Lite, for which the package `efficientnet-lite-pytorch` has the layers. Both
 give features at strides 2, 4, 8, 16 and 32. Normalization keeps the statistics of the file: slices of a few volumes
-are no sample of anything, and a network that is not finite cannot leave a trace in them.
+are no sample of anything, and a network that is not finite cannot leave a trace in them. The default weights are under
+the Apache license; other files have licenses of their own, and what they allow is for their user to know.
 """
 
 from __future__ import annotations

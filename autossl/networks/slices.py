@@ -83,6 +83,8 @@ class ChannelMapping(nn.Module):
     One channel is repeated; as many as the encoder takes stay as they are; else a 1×1 convolution begins as their mean.
     """
 
+    scale: Tensor
+
     def __init__(self, channel_std: Sequence[float], wanted: int) -> None:
         super().__init__()
         self.wanted = wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,8 @@ def pooled_target(target: Tensor, valid: Tensor, shape: Sequence[int]) -> tuple[
     w = valid.float()
     y = torch.where(valid, target.float(), 0)
     if tuple(y.shape[2:]) != tuple(shape):
-        pool = functional.adaptive_avg_pool2d if y.ndim == 4 else functional.adaptive_avg_pool3d
-        size: list[int] = list(shape)
-        y, w = pool(y, size), pool(w, size)
+        pool: Any = functional.adaptive_avg_pool2d if y.ndim == 4 else functional.adaptive_avg_pool3d
+        y, w = pool(y, tuple(shape)), pool(w, tuple(shape))
         y = (y / w.clamp(min=EPS)).clamp(max=1)  # rounding may lift it above
     return y, w
 

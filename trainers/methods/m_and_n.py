@@ -60,7 +60,7 @@ class MAndNSettings(MethodSettings):
     )
     weights: Path | None = setting(
         None,
-        "file of a 2D encoder's weights (residual network or EfficientNet); None: EfficientNet-Lite0 on ImageNet",
+        "file of an encoder (residual network or EfficientNet; mind its license); None: EfficientNet-Lite0 on ImageNet",
         "ours: the release takes SegFormer-B2 on ADE20K",
     )
     r_1: float = setting(0.125, "fraction of the run with labeled patches alone", RELEASE, gt=0, lt=1)
