@@ -370,6 +370,25 @@ MUTATIONS = (
         "(self._ramped(settings.lambda_rel, at), loss)",
         "(-self._ramped(settings.lambda_rel, at), loss)",
     ),
+    one("semi_cml", WRONG_TARGET, "list(self.channels[better])", "list(self.channels[OTHER[better]])"),
+    one("semi_cml", "the wrong partner", ".roll(n)", ".roll(1)", "components/area_similarity.py"),
+    one("semi_cml", "a gate upside down", "score <= lowest", "score >= lowest", "components/gated_average.py"),
+    Mutation(
+        "semi_cml",
+        MISSING_DETACH,
+        (
+            *TEACHER_WITH_GRADIENT,
+            Edit("methods/semi_cml.py", "    @torch.no_grad()\n    def _soft_labels(", "    def _soft_labels("),
+            Edit("components/soft_labels.py", "q.detach().float()", "q.float()"),
+        ),
+    ),
+    one("semi_cml", EXTRA_DETACH, "_area_contrast(p[1], p[2],", "_area_contrast(p[1], p[2].detach(),"),
+    one(
+        "semi_cml",
+        FLIPPED_SIGN,
+        'losses["area_contrast"] = settings.lambda_asc * contrast',
+        'losses["area_contrast"] = -settings.lambda_asc * contrast',
+    ),
 )
 
 
