@@ -45,7 +45,8 @@ class EllipseTargets:
     @property
     def largest_label(self) -> Tensor:
         """Boolean [B, 1, *S]."""
-        return self.label[torch.arange(len(self.label)), self.largest][:, None] > 0
+        rows = torch.arange(len(self.label), device=self.label.device)
+        return self.label[rows, self.largest][:, None] > 0
 
 
 def ellipse_targets(q: Tensor, valid: Tensor, used: Mask, spacing: Sequence[float], refine: bool) -> EllipseTargets:

@@ -1,4 +1,10 @@
-"""ERSR: pseudo-labels of near-elliptical objects, refined by an ellipse, and symmetry about its long axis."""
+"""ERSR: pseudo-labels of near-elliptical objects, refined by an ellipse, and symmetry about its long axis.
+
+As the release: the two scores and the growing share, the refined values and their thresholds, the three terms and
+their ramp, gradient through both sides of the mirrored terms. Reconstructed: when a fit is believed and what its
+failure costs, empty labels, several classes, millimeters, 3D, padding, and supervised training as a first phase in the
+place of loaded weights. The paper's words on the scores could not be compared with the code one by one.
+"""
 
 from __future__ import annotations
 
