@@ -253,7 +253,7 @@ class SelfPacedContrast(SemiSupervisedTrainer):
         if kind != INSTANCE and self.settings.self_pacing != "off":  # a patch and its other view are alike for certain
             gamma = tolerance(through_phase(at), *self._gammas(kind), candidates=pairs.values.shape[1] - 1)
             output.measures[f"{kind}_gamma"] = gamma
-        mode = "hard" if self.settings.self_pacing == "hard" else "linear"
+        mode: Literal["linear", "hard"] = "hard" if self.settings.self_pacing == "hard" else "linear"
         w = torch.ones_like(pairs.values) if gamma is None else self_paced_weights(pairs.values, gamma, mode)
         mean_weight = mean_of_pairs(pairs, w)
         output.measures[f"{kind}_pair_weight"] = mean_weight
