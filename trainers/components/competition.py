@@ -47,8 +47,7 @@ def direction_distance(z_1: Tensor, z_2: Tensor, counted: Tensor, regions: bool 
         return connected_zero(z_1) + connected_zero(z_2)
     first, second = (torch.where(counted, z.float(), 1) for z in (z_1, z_2))
     if regions:
-        sides = [torch.stack([torch.sigmoid(z), torch.sigmoid(-z)], 1) for z in (first, second)]
-        distance = 1 - functional.cosine_similarity(*sides, 1, SMALLEST_NORM)
-    else:
-        distance = 1 - functional.cosine_similarity(first, second, 1, SMALLEST_NORM).unsqueeze(1)
+        first, second = (torch.stack([torch.sigmoid(z), torch.sigmoid(-z)], 1) for z in (first, second))
+    distance = 1 - functional.cosine_similarity(first, second, 1, SMALLEST_NORM)
+    distance = distance if regions else distance.unsqueeze(1)
     return torch.where(counted, distance, 0).sum() / (counted.sum() * distance.shape[1])
