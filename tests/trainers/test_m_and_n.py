@@ -288,10 +288,12 @@ def test_the_pretrained_encoder_learns_at_a_tenth_of_the_rate() -> None:
         return {group.prefix: (group.optimizer, group.learning_rate) for group in method._groups()}
 
     assert rates(trainer()) == {
-        "model_3d": ("adamw", 1e-4),
+        "model_3d": ("adamw", pytest.approx(1e-3)),
         "model_2d.plane.encoder": ("adamw", pytest.approx(1e-4)),
         "model_2d.plane.decoder": ("adamw", 1e-3),
     }
+    for steps, rate in ((64_000, 1e-4), (32_000, 1e-4), (8_000, 4e-4)):
+        assert rates(trainer(flat_job(total_steps=steps)))["model_3d"] == ("adamw", pytest.approx(rate))
     two = {"normalization_schemes": ("ZScoreNormalization",) * 2, "use_mask_for_norm": (False,) * 2}
     mapped = rates(trainer(flat_job(plan=two), opt3d="sgd", encoder_rate=0.5))
     assert mapped["model_2d.plane.mapping"] == ("adamw", 1e-3), "two channels are mapped by weights"

@@ -50,6 +50,7 @@ LATER_REFRESHES = (0.25, 0.375, 0.5, 0.75)
 SHORT = {"model_2d": "2d", "model_3d": "3d"}
 PARTNER = {"model_2d": "model_3d", "model_3d": "model_2d"}
 FEWEST_BLOCKS = 8
+RELEASE_STEPS = 32_000
 
 
 class MAndNSettings(MethodSettings):
@@ -74,7 +75,12 @@ class MAndNSettings(MethodSettings):
     lr_2d: float = setting(1e-3, "learning rate of the 2D network (AdamW)", RELEASE, gt=0)
     encoder_rate: float = setting(0.1, "of lr_2d that the pretrained encoder gets", "ours: the release uses LoRA", ge=0)
     opt3d: Literal["adamw", "sgd"] = setting("adamw", "optimizer of the 3D network", RELEASE)
-    lr_3d: float | None = setting(None, "its learning rate; None: 1e-4 with adamw, 1e-2 with sgd", RELEASE, gt=0)
+    lr_3d: float | None = setting(
+        None,
+        "its learning rate; None: 1e-2 with sgd; with adamw 1e-4, times 32 000 / steps in shorter runs, at most 1e-3",
+        f"{RELEASE}, 32 000 steps; ours in shorter runs, which end before 1e-4 gets anywhere",
+        gt=0,
+    )
     weight_decay: float = setting(0.01, "of AdamW", "PyTorch's default", ge=0)
     warm_up: float = setting(0.0125, "fraction of the run in which the learning rate grows", RELEASE, ge=0)
     slice_axis: Literal["first", "random"] = setting(
@@ -102,7 +108,8 @@ class MAndN(SemiSupervisedTrainer):
     Faithful to the released code: the loss, both stages, the turns, learning rates and schedule, the guided crops.
     Ours: the encoder and its fine-tuning (the release adapts SegFormer-B2 by LoRA, which is left out), the share as
     an expectation, no Dice of classes that are absent, deep supervision of the 3D network, refreshes as fractions of
-    the run. The paper may define the share by the learning rate itself; the released code uses the epoch."""
+    the run, a higher learning rate of the 3D network in short runs. The paper may define the share by the learning rate itself;
+    the released code uses the epoch."""
 
     name = "m_and_n"
     title = "M&N: co-training of a pretrained 2D network and a 3D network from scratch"
@@ -175,15 +182,16 @@ class MAndN(SemiSupervisedTrainer):
 
     def _groups(self) -> tuple[ParameterGroup, ...]:
         """The 3D network; the encoder of the 2D network; the rest of it."""
-        settings, factor = self.settings, warm_restart(self.settings.warm_up)
+        settings, factor, rate_3d = self.settings, warm_restart(self.settings.warm_up), self.settings.lr_3d
 
         def adamw(prefix: str, rate: float) -> ParameterGroup:
             return ParameterGroup(prefix, "adamw", rate, settings.weight_decay, factor)
 
         if settings.opt3d == "sgd":
-            first = ParameterGroup("model_3d", learning_rate=settings.lr_3d or 1e-2, factor=factor)
+            first = ParameterGroup("model_3d", learning_rate=rate_3d or 1e-2, factor=factor)
         else:
-            first = adamw("model_3d", settings.lr_3d or 1e-4)
+            longer = RELEASE_STEPS / max(1, self.job.total_steps)
+            first = adamw("model_3d", rate_3d or 1e-4 * min(max(longer, 1), 10))
         if settings.encoder2d == "scratch":
             return first, adamw("model_2d", settings.lr_2d)
         plane = self.parts.trained["model_2d"].plane
