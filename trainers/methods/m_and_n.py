@@ -108,8 +108,8 @@ class MAndN(SemiSupervisedTrainer):
     Faithful to the released code: the loss, both stages, the turns, learning rates and schedule, the guided crops.
     Ours: the encoder and its fine-tuning (the release adapts SegFormer-B2 by LoRA, which is left out), the share as
     an expectation, no Dice of classes that are absent, deep supervision of the 3D network, refreshes as fractions of
-    the run, a higher learning rate of the 3D network in short runs. The paper may define the share by the learning rate itself;
-    the released code uses the epoch."""
+    the run, a higher learning rate of the 3D network in short runs. The paper may define the share by the learning
+    rate itself; the released code uses the epoch."""
 
     name = "m_and_n"
     title = "M&N: co-training of a pretrained 2D network and a 3D network from scratch"
