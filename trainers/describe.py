@@ -14,7 +14,7 @@ NEEDS_IN_WORDS = {
     "views": "augmented views of each unlabeled patch",
     "strong_view": "a strongly augmented view",
     "modalities": "image channels as separate modalities",
-    "meta_labels": "attributes in cases.csv",
+    "meta_labels": "meta-labels: place in the scan, patient, and attributes of cases.csv where there are any",
     "signed_distance": "signed distance maps of the labels",
     "levels": "or more levels of deep supervision",
     "softmax_only": "exclusive labels (no regions)",
@@ -45,6 +45,8 @@ class MethodDescription:
     settings: tuple[SettingDescription, ...]
     reduces_to_supervised: bool
     """True: without unlabeled cases it is `supervised`, bit for bit."""
+    ablation: dict[str, str]
+    """Settings that switch off what makes the method itself; empty where none are named."""
 
 
 def describe_methods() -> list[MethodDescription]:
@@ -79,6 +81,7 @@ def _describe(name: str, method: type[SemiSupervisedTrainer]) -> MethodDescripti
         needs=tuple(_needs_in_words(method.needs)),
         settings=tuple(settings),
         reduces_to_supervised=method.reduces_to_supervised,
+        ablation=dict(method.ablation),
     )
 
 

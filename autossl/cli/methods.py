@@ -47,6 +47,9 @@ def _print_method(method: MethodDescription) -> None:
         "the same run as supervised, bit for bit" if method.reduces_to_supervised else "its labeled-only objective"
     )
     _print_paragraph("without unlabeled cases", without)
+    if method.ablation:
+        settings = " ".join(f"{name}={value}" for name, value in method.ablation.items())
+        _print_paragraph("without what makes it itself", f"--set {settings}")
     print("settings (--set NAME=VALUE)" if method.settings else "settings: none")
     for setting in method.settings:
         print(f"  {setting.name} = {setting.default}")

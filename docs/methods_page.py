@@ -1,0 +1,210 @@
+"""Writes docs/methods.md and the README's table of methods from the registry and from what was measured.
+
+python docs/methods_page.py           writes both
+python docs/methods_page.py --check   only says whether they are up to date (exit code 1: they are not)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autossl.trainers.describe import MethodDescription, describe_methods
+from autossl.trainers.registry import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COSTS = {dims: RESULTS / f"method_costs_hippocampus_{name}.json" for dims, name in ((2, "2d"), (3, "3d_fullres"))}
+TABLE = RESULTS / "table_hippocampus_2d.json"
+"""Of autossl_benchmark: hippocampus, 2d, nano, fold 0, 8 labels, 1000 steps, seeds 0 to 2."""
+BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the registry does not know: how to say it in a few words, and when to take it."""
+
+    unlabeled_teach_by: str
+    predicts_with: str
+    when: str
+
+
+ADVICE = {
+    "supervised": Advice(
+        "nothing: the twin that every other method is compared with", "one network", "no unlabeled scans"
+    ),
+    "entropy_min": Advice("being predicted with certainty", "one network", "the cheapest; a baseline"),
+    "mean_teacher": Advice("agreement with the moving average of the weights", "student", "the usual first comparison"),
+    "uamt": Advice("the same, where the teacher is certain over noisy passes", "student", "noisy or ambiguous borders"),
+    "urpc": Advice("agreement of the levels of deep supervision", "one network", "little memory: no second network"),
+    "dtc": Advice("agreement of mask and signed distance", "one network", "compact structures"),
+    "mcnet": Advice("agreement of decoders that up-sample differently", "one decoder", "thin or hard regions"),
+    "bcp": Advice("being pasted into labeled patches, and the reverse", "student", "very few labels; cheap"),
+    "self_training": Advice("whole-case pseudo-labels, filtered, over rounds", "last round's network", "many scans"),
+    "fixmatch": Advice("confident labels of the weak view for a strong, mixed view", "one network", "few labels"),
+    "unimatch": Advice("the same with two strong views and perturbed features", "one network", "memory to spare"),
+    "cps": Advice("two networks that label for each other", "mean of two networks", "ensembling anyway"),
+    "fsmifnet": Advice(
+        "likeness of their deep features, and mixtures as images and as feature maps",
+        "student",
+        "varied unlabeled scans",
+    ),
+    "mcl_cs": Advice(
+        "two disturbed networks that label for each other; contrast of cells and voxels",
+        "mean of two networks",
+        "borders",
+    ),
+    "spcl": Advice("looking like patches of the same place, patient or phase", "one network", "1 to 4 labels"),
+    "m_and_n": Advice(
+        "a 2D network pretrained on photographs and a 3D one that label for each other", "3D network", "3D"
+    ),
+    "ersr": Advice("labels made elliptic, and symmetry about the long axis", "student", "elliptic targets in 2D"),
+    "m3hl": Advice("exchanging cells of a grid with labeled ones; features at two depths", "student", "few labels"),
+    "c3s3": Advice(
+        "the better of two networks teaching the other, contrast where they differ", "mean of both", "borders"
+    ),
+    "transmedseg": Advice(
+        "lending their spread of features to labeled ones", "student", "unlabeled scans from elsewhere"
+    ),
+    "medl": Advice("fused evidence of two different networks", "mean of both", "uncertainty wanted; no regions"),
+    "cad": Advice(
+        "doubtful regions replaced by trusted ones, two networks", "first student", "memory and time to spare"
+    ),
+    "semi_cml": Advice(
+        "two modalities that find areas of the same shape", "better modality", "two registered channels"
+    ),
+    "criinet": Advice("the coarse prediction following the refined one", "refined output", "low contrast"),
+}
+
+
+def measured_gains() -> dict[str, dict[str, Any]]:
+    """Row of the benchmark by method or variant; empty where no table was kept."""
+    if not TABLE.is_file():
+        return {}
+    rows = json.loads(TABLE.read_text())["rows"]
+    return {row["method"]: row for row in rows if row["role"] == "method" and row["to_twin"]}
+
+
+def gain(name: str, rows: dict[str, dict[str, Any]]) -> str:
+    """Points of Dice above the twin with the 95 % interval."""
+    if name not in rows:
+        return "-" if name == "supervised" else NOT_RUN
+    found = rows[name]["to_twin"]
+    estimate, low, high = (100 * found[key] for key in ("estimate", "low", "high"))
+    return f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def costs(kind: str) -> dict[str, str]:
+    """Factor in 2D / 3D by method; "-" where it was not measured or the method has no such form."""
+    read = {dims: json.loads(path.read_text())["methods"] for dims, path in COSTS.items()}
+
+    def one(dims: int, name: str) -> str:
+        found = read[dims].get(name)
+        return f"{found[kind]:.1f}" if found else "-"
+
+    return {name: f"{one(2, name)} / {one(3, name)}" for name in METHODS}
+
+
+def readme_table() -> str:
+    """One line per method."""
+    time, memory, rows = costs("time_factor"), costs("memory_factor"), measured_gains()
+    lines = [
+        "| method | the unlabeled patches teach by | predicts with | time 2D / 3D | memory 2D / 3D | gain, points | "
+        "when to take it |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in METHODS:
+        said = ADVICE[name]
+        lines.append(
+            f"| `{name}` | {said.unlabeled_teach_by} | {said.predicts_with} | {time[name]} | {memory[name]} | "
+            f"{gain(name, rows)} | {said.when} |"
+        )
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """docs/methods.md."""
+    rows = measured_gains()
+    ours = [method for method in describe_methods() if method.name in METHODS]
+    parts = [INTRODUCTION, overview(ours, rows)]
+    parts += [section(method, rows) for method in ours]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """\
+# Methods
+
+Made by `docs/methods_page.py` from the registry and from [benchmarks/results](../benchmarks/results). All settings, and
+where their defaults come from: `autossl_methods NAME`. To add a method: [add_a_method.md](add_a_method.md).
+
+Time and memory of a training step are relative to `supervised` on the same labeled patches (nano networks on
+hippocampus, one CPU thread). Gain: Dice points above the supervised twin with a 95 % interval over cases and seeds, on
+hippocampus in 2D (nano, fold 0, 8 labeled of 208 cases, 1000 steps, seeds 0 to 2; [benchmark.md](benchmark.md) says how
+to read it). It is one small set: measure on yours with `autossl_benchmark`."""
+
+
+def overview(methods: list[MethodDescription], rows: dict[str, dict[str, Any]]) -> str:
+    """The table that people choose by."""
+    time, memory = costs("time_factor"), costs("memory_factor")
+    lines = [
+        "| method | idea | dimensions | networks | time 2D / 3D | memory 2D / 3D | gain, points |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method in methods:
+        needs = METHODS[method.name].needs
+        dims = " and ".join(f"{d}D" for d in needs.dims)
+        networks = f"{needs.networks}{' + teacher' if needs.teacher else ''}"
+        lines.append(
+            f"| [{method.name}](#{method.name}) | {method.title} | {dims} | {networks} | {time[method.name]} | "
+            f"{memory[method.name]} | {gain(method.name, rows)} |"
+        )
+    return "\n".join(lines)
+
+
+def section(method: MethodDescription, rows: dict[str, dict[str, Any]]) -> str:
+    """One method."""
+    lines = [f"## {method.name}", "", f"{method.title}. {method.idea}", "", f"*Source.* {method.citation}", ""]
+    lines += [f"*Needs.* {'; '.join(method.needs) or 'nothing beyond labeled cases'}.", ""]
+    lines += [f"*When.* {ADVICE[method.name].when[0].upper()}{ADVICE[method.name].when[1:]}."]
+    if method.ablation:
+        without = ", ".join(f"`{key}={value}`" for key, value in method.ablation.items())
+        measured = gain(f"{method.name}:ablation", rows)
+        lines += [
+            "",
+            f"*Without what makes it itself* ({without}): gain {measured}, with it {gain(method.name, rows)}.",
+        ]
+    return "\n".join(lines)
+
+
+def with_table(readme: str) -> str:
+    """The README with the table between its marks."""
+    before, rest = readme.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n\n{readme_table()}\n\n{END}{rest.split(END, 1)[1]}"
+
+
+def made() -> dict[Path, str]:
+    """Files and what they should hold."""
+    readme = ROOT / "README.md"
+    return {ROOT / "docs" / "methods.md": page(), readme: with_table(readme.read_text(encoding="utf-8"))}
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="Writes docs/methods.md and the README's table of methods.")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where a file is out of date")
+    check = parser.parse_args().check
+    old = [path for path, text in made().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in old:
+        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'written'}")
+        if not check:
+            path.write_text(made()[path], encoding="utf-8")
+    return int(check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
