@@ -139,9 +139,9 @@ def test_consistency_closed_form() -> None:
     set_outputs(method.parts.trained["network"], (0.0, 0.0))
     set_outputs(method.parts.followers["teacher"], (60.0, -60.0))
     assert float(step(method).measures["consistency"]) == pytest.approx(0.25)
-    assert step(method).losses["consistency"].item() == pytest.approx(0.025)
+    assert step(method).losses["consistency"].item() == pytest.approx(0.25)
     weights = [float(step(method, r).measures["consistency_weight"]) for r in (0, 0.5, 1)]
-    assert weights == pytest.approx([0.00067379, 0.02865, 0.1], rel=1e-3)
+    assert weights == pytest.approx([0.0067379, 0.2865, 1.0], rel=1e-3)
 
 
 def test_uncertain_and_invalid_voxels_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
