@@ -117,7 +117,7 @@ def test_targets_are_pooled_to_each_level_over_valid_voxels() -> None:
     assert torch.equal(w, torch.ones(1, 1, 1, 2))
     valid[:, :, :2, :2] = False
     pooled, w = pooled_target(y, valid, (1, 2))
-    assert pooled[0, 1].tolist() == [[0.0, 0.5]]
+    assert pooled[0, :, 0].tolist() == [[1.0, 0.5], [0.0, 0.5]], "what is valid sums to 1"
     assert w[0, 0].tolist() == [[0.5, 1.0]]
     draw = torch.Generator().manual_seed(3)
     z = [torch.randn(2, 2, edge, edge, generator=draw) for edge in (4, 2, 1)]
