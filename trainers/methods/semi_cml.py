@@ -261,7 +261,8 @@ class SemiCML(SemiSupervisedTrainer):
         q = None if judged is None else self._soft_labels(judged.image, better, at)
         losses: dict[str, Tensor] = {}
         terms: dict[int, Tensor] = {}
-        contrasts, shares = [], {}
+        contrasts: list[Tensor] = []
+        shares: dict[str, Tensor | float] = {}
         for side in SIDES:
             mine = judged if side in learning else None
             if settings.prel_supervised == 0 and mine is None:
@@ -277,7 +278,7 @@ class SemiCML(SemiSupervisedTrainer):
                 contrasts.append(contrast)
         own = settings.lambda_prel * (1 - settings.prel_asc)
         losses |= {f"relearning_{side}": own * term for side, term in terms.items()}
-        measures = {f"relearning_{side}": term.detach() for side, term in terms.items()}
+        measures: dict[str, Tensor | float] = {f"relearning_{side}": term.detach() for side, term in terms.items()}
         if contrasts:
             contrast, weight = torch.stack(contrasts).sum(), settings.lambda_prel * settings.prel_asc / 10
             losses["relearning_contrast"] = weight * contrast

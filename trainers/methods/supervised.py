@@ -60,8 +60,8 @@ class Supervised(SemiSupervisedTrainer):
 
     def build(self) -> Parts:
         self.channels = _channels_of(self.job, self.settings)
-        options = {} if self.channels is None else {"in_channels": len(self.channels)}
-        return Parts(trained={"network": self.job.build_network(**options)})
+        seen = None if self.channels is None else len(self.channels)
+        return Parts(trained={"network": self.job.build_network(in_channels=seen)})
 
     def request(self, at: Progress) -> BatchRequest:
         labeled = StreamRequest(self.job.labeled_batch_size, sampler="foreground")
