@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autossl.inference.predictor import Predictor, Window
 from autossl.networks.features import decode, encode
-from autossl.trainers.base import Batch, Job, MethodSettings, Progress, StepOutput
+from autossl.trainers.base import Batch, Job, MethodSettings, ParameterGroup, Progress, StepOutput
 from autossl.trainers.components import similarity
 from autossl.trainers.components.losses import hard_label_loss
 from autossl.trainers.components.similarity import (
@@ -108,20 +108,28 @@ def test_propagated_labels_are_the_clusters_and_overrule_one_wrong_token(monkeyp
 def test_keys_are_confident_valid_and_balanced() -> None:
     labels = torch.zeros(6000, dtype=torch.long)
     labels[:20], labels[20:23] = 1, 2
-    confidence = torch.full((6000,), 0.7)
-    confidence[3000:3100] = 0.59
-    valid = torch.ones(6000, dtype=torch.bool)
-    valid[4000:4100] = False
-    keys = key_tokens(Decisions(labels, confidence), valid, generator())
-    assert len(keys) == len(set(keys.tolist())) == 4096
-    assert not set(keys.tolist()) & {*range(3000, 3100), *range(4000, 4100)}
-    assert (labels[keys] == 1).sum() >= 8
-    assert (labels[keys] == 2).sum() == 3
-    few = key_tokens(Decisions(labels[:100], torch.full((100,), 0.5)), valid[:100], generator())
-    assert few.tolist() == list(range(100)), "fewer than 16 are confident: all speak"
-    edge = torch.full((100,), 0.5)
-    edge[:16] = 0.6
-    assert key_tokens(Decisions(labels[:100], edge), valid[:100], generator()).tolist() == list(range(16))
+    confidence, valid = torch.full((6000,), 0.7), torch.ones(6000, dtype=torch.bool)
+    confidence[23:5800], valid[5800:5850] = 0.59, False
+    keys = key_tokens(Decisions(labels, confidence), valid, generator()).tolist()
+    assert len(keys) == len(set(keys)) == 20 + 3 + 64, "a rare class has what it has, a common one no more than 64"
+    assert set(range(23)) <= set(keys) <= {*range(23), *range(5850, 6000)}
+    again = key_tokens(Decisions(labels, confidence), valid, torch.Generator().manual_seed(4)).tolist()
+    assert set(again) != set(keys)
+    alike = key_tokens(Decisions(torch.arange(9000) % 2, torch.ones(9000)), torch.ones(9000).bool(), generator())
+    assert torch.bincount(alike % 2).tolist() == [2048, 2048]
+    alone = key_tokens(Decisions(labels[100:3000], torch.ones(2900)), valid[100:3000], generator())
+    assert sorted(alone.tolist()) == list(range(2900))
+
+
+def test_without_confident_tokens_all_are_keys() -> None:
+    labels, valid, confidence = torch.zeros(100, dtype=torch.long), torch.ones(100).bool(), torch.full((100,), 0.5)
+    valid[99] = False
+    assert sorted(key_tokens(Decisions(labels, confidence), valid, generator()).tolist()) == list(range(99))
+    confidence[:15] = 0.6
+    assert len(key_tokens(Decisions(labels, confidence), valid, generator())) == 99
+    confidence[15] = 0.6
+    assert sorted(key_tokens(Decisions(labels, confidence), valid, generator()).tolist()) == list(range(16))
+    assert len(key_tokens(Decisions(labels, confidence), torch.zeros_like(valid), generator())) == 0
 
 
 def test_tokens_are_means_of_valid_voxels() -> None:
@@ -324,11 +332,10 @@ def test_consistency_closed_forms() -> None:
 # ---------------------------------------------------------------------------------------------------------- similarity
 
 
-def test_terms_of_similarity_are_made_of_the_unlabeled_patches() -> None:
+def test_terms_of_similarity_are_made_of_the_unlabeled_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recomputed from the networks' outputs alone."""
     method = differing(trainer(lambda_prop=0.4, lambda_rel=0.2, tau=0.2), sure=20)
     batch = toy_batch(method.job)
-    output = method.losses(batch, AT)
     network, image = method.parts.trained["network"], unlabeled_image(batch)
     assert method.stage == 1, "16² voxels have 8² = 64 tokens at the second stage"
     e = method.parts.trained["projector"](encode(network, image)[1]).flatten(2).transpose(1, 2).reshape(128, 64)
@@ -336,6 +343,8 @@ def test_terms_of_similarity_are_made_of_the_unlabeled_patches() -> None:
     p = nn.functional.avg_pool2d(network(image)[0].softmax(1), 2).flatten(2).transpose(1, 2).reshape(128, 3)
     keys = (q.amax(1) >= 0.6).nonzero()[:, 0]
     assert 16 < len(keys) < 128
+    monkeypatch.setattr(similarity, "KEYS_PER_CLASS", 128)
+    output = method.losses(batch, AT)
     scores = (e @ e[keys].T / 0.2).masked_fill(torch.arange(128)[:, None] == keys, -math.inf)
     found = scores.softmax(1) @ q[keys]
     assert float(output.measures["key_share"]) == pytest.approx(len(keys) / 128)
@@ -491,6 +500,16 @@ def test_until_the_warm_up_ends_the_step_is_the_twins() -> None:
     assert torch.equal(output.losses["supervised"], twin.losses(batch, WARM).losses["supervised"])
     assert [method.request(at).unlabeled.count for at in (WARM, replace(WARM, step=5))] == [0, 2]
     assert len(trainer(job, r_warm=0).losses(batch, WARM).losses) == 8
+
+
+def test_the_projector_takes_steps_of_its_own() -> None:
+    (phase,) = trainer().phases()
+    assert phase.groups is not None
+    network, projector = phase.groups
+    assert network == ParameterGroup("network"), "as in the twin"
+    assert (projector.prefix, projector.optimizer) == ("projector", "adamw")
+    assert trainer(lambda_prop=0, lambda_rel=0).phases()[0].groups is None
+    assert trainer(toy_job(n_unlabeled=0)).phases()[0].groups is None
 
 
 def test_the_teacher_follows_from_the_first_step() -> None:

@@ -17,7 +17,9 @@ from autossl.trainers.base import (
     BatchRequest,
     MethodSettings,
     Needs,
+    ParameterGroup,
     Parts,
+    Phase,
     Progress,
     SemiSupervisedTrainer,
     StepOutput,
@@ -47,6 +49,7 @@ from autossl.trainers.components.similarity import (
 OURS = "ours: the paper's value is not public"
 FEWEST_TOKENS = 64
 EMBEDDING = 64
+PROJECTOR_RATE = 1e-3
 
 
 class SimilarityFusionSettings(MethodSettings):
@@ -79,8 +82,9 @@ class SimilarityFusion(SemiSupervisedTrainer):
     maps of all encoder stages; both mixtures learn from the mixed labels, and their predictions must agree.
 
     Of the paper the abstract alone is public. From it: the two parts and that they constrain labels, relations and the
-    agreement of image with feature fusion. Reconstructed by us: token propagation, relation loss, masks, weights and
-    schedules. The projector serves training alone.
+    agreement of image with feature fusion. Reconstructed by us: token propagation from as many tokens of each class,
+    relation loss, masks, weights and schedules. The projector serves training alone; its optimizer (AdamW) takes
+    steps that do not shrink with the small weight of its only term, since similarities must soon mean something.
     """
 
     name = "fsmifnet"
@@ -109,6 +113,12 @@ class SimilarityFusion(SemiSupervisedTrainer):
         decay = job.ema_decay_max if settings.ema_decay_max is None else settings.ema_decay_max
         self.teacher = EMATeacher(student, decay)
         return Parts(trained, followers={"teacher": self.teacher.network})
+
+    def phases(self) -> list[Phase]:
+        if "projector" not in self.parts.trained:
+            return super().phases()
+        projector = ParameterGroup("projector", optimizer="adamw", learning_rate=PROJECTOR_RATE)
+        return [Phase("train", groups=(ParameterGroup("network"), projector))]
 
     def request(self, at: Progress) -> BatchRequest:
         request = super().request(at)
