@@ -67,9 +67,9 @@ class Decisions(NamedTuple):
 def key_tokens(decisions: Decisions, valid: Tensor, generator: torch.Generator) -> Tensor:
     """Positions [k] of the tokens that labels are propagated from: confident ones, at most 4096, classes alike.
 
-    Were all of them keys, then by its mere number the background would speak for every structure until embeddings differ
-    much (hippocampus 2d nano, from a trained network: for 40 steps no token of a structure kept its label; with classes
-    alike two thirds did).
+    Were all of them keys, then by its mere number the background would speak for every structure until embeddings
+    differ much (hippocampus 2d nano, from a trained network: for 40 steps no token of a structure kept its label; with
+    classes alike two thirds did).
 
     Args:
         decisions: of m tokens.
