@@ -46,7 +46,9 @@ BRANCHES: tuple[Perturbation, ...] = ("dropout", "attention", "noise")
 class PyramidConsistencySettings(MethodSettings):
     """What can be changed with --set."""
 
-    lambda_max: float = setting(0.1, "weight of the pyramid's consistency after its ramp", RELEASE, ge=0)
+    lambda_max: float = setting(
+        1.0, "weight of the pyramid's consistency after its ramp", f"ours: at 0.1 ({RELEASE}) it hardly acts", ge=0
+    )
     ramp_end: float = setting(1.0, "fraction of the run at which the ramp ends", RELEASE, ge=0)
     detach_mean: bool = setting(False, "no gradient through the mean over the scales (ablation)", RELEASE)
     detach_weight: bool = setting(False, "no gradient through the weights of the voxels (ablation)", RELEASE)
