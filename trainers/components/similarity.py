@@ -9,7 +9,7 @@ along similarities as in CorrMatch (Sun et al., CVPR 2024, arXiv:2306.04300). Th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from autossl.trainers.components.losses import EPS, connected_zero
 from autossl.trainers.components.pseudo import sharpen
+from autossl.trainers.components.soft_targets import pooled_target
 
 KEY_CONFIDENCE, CONFIDENT = 0.6, 0.8
 """Tokens that labels are propagated from, and those that relations and overruling labels are believed of."""
@@ -32,11 +33,7 @@ def pooled_tokens(p: Tensor, valid: Tensor, size: Sequence[int]) -> tuple[Tensor
     Returns:
         Float32 [m, C], zeros where no voxel is valid; and boolean [m]: at least half of the voxels are valid.
     """
-    pool: Any = functional.adaptive_avg_pool2d if len(size) == 2 else functional.adaptive_avg_pool3d
-    with torch.autocast(p.device.type, enabled=False):
-        w = valid.float()
-        share = pool(w, tuple(size))
-        mean = pool(p.float() * w, tuple(size)) / share.clamp(min=EPS)
+    mean, share = pooled_target(p, valid, size)
     return as_tokens(mean), as_tokens(share)[:, 0] >= 0.5
 
 
