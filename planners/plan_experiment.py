@@ -314,7 +314,7 @@ def _optimizer_reasons(preset: Preset) -> dict[str, str]:
     return {
         "learning_rate": f"with momentum {preset.momentum} a lasting gradient moves weights as far as with nnU-Net's "
         "rate of 0.01 and momentum of 0.99",
-        "momentum": "0.99 averages 100 steps, and in a short run a small network may then predict one class alone until "
+        "momentum": "0.99 averages 100 steps, and in a short run a small network may then predict one class alone to "
         "the end",
     }
 
