@@ -162,21 +162,19 @@ def test_uniform_logits_of_a_mixture() -> None:
     y_out, y_in = torch.randint(0, 4, (2, 1, 8, 8)), torch.randint(0, 4, (2, 1, 8, 8))
     mask = box().expand(2, -1, -1, -1)
     target = torch.where(mask, y_out, y_in)
-    outer, inner = region_mix_loss(z, mask, y_out, y_in, 0.5, 1.0)
+    outer, inner = region_mix_loss(z, mask, y_out, y_in)
     dice = [hard_label_dice(z, target, w).item() for w in (mask, ~mask)]
-    cross_entropy = outer.item() + inner.item() - 0.5 * (0.5 * dice[0] + dice[1])
+    cross_entropy = 0.5 * outer.item() + inner.item() - 0.5 * (0.5 * dice[0] + dice[1])
     assert cross_entropy == pytest.approx(0.5 * 1.5 * math.log(4), rel=1e-5) == pytest.approx(1.0397, rel=1e-4)
 
 
-def test_each_part_has_its_own_target_weight_and_size() -> None:
+def test_each_part_has_its_own_target_and_size() -> None:
     z, y_out, _ = random_case()
     y_in = random_case(1)[1]
     mask = box().expand(2, -1, -1, -1)
     outer, inner = region_mix_loss(z, mask, y_out, y_in)
     assert outer.item() == pytest.approx(0.5 * hard_label_loss(z, y_out, mask).item(), rel=1e-6)
     assert inner.item() == pytest.approx(0.5 * hard_label_loss(z, y_in, ~mask).item(), rel=1e-6)
-    weighted = region_mix_loss(z, mask, y_out, y_in, 0.5, 0.25)
-    assert [w.item() for w in weighted] == pytest.approx([0.5 * outer.item(), 0.25 * inner.item()], rel=1e-6)
 
 
 def test_ignored_voxels_of_either_image_leave_the_mixture() -> None:

@@ -222,33 +222,29 @@ def region_mix_loss(
     mask: Tensor,
     y_out: Tensor,
     y_in: Tensor,
-    w_out: float = 1.0,
-    w_in: float = 1.0,
     *,
     valid_out: Tensor | None = None,
     valid_in: Tensor | None = None,
     regions: bool = False,
-    batch_dice: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a mixed image as its two parts: ½·w_out·(Dice + CE) where the mask is true, ½·w_in·(…) where it is not.
+    """Loss of a mixed image as its two parts: ½·(Dice + CE) where the mask is true, the same where it is not.
 
-    Each part is normalized by its own size, so that the weights compare the parts and not their volumes. The loss
-    of Bai et al., CVPR 2023 is the sum; here the parts stay apart, because one comes from true labels.
+    Each part is normalized by its own size, so that weights given to them compare the parts and not their volumes.
+    The loss of Bai et al., CVPR 2023 is a weighted sum; here the parts stay apart, because one comes from true labels.
 
     Args:
         z: logits of the mixed image.
         mask: boolean [N, 1, *S], true outside the box.
         y_out, y_in: targets of the two source images, whole; they are cut by the mask here.
-        w_out, w_in: weights of the parts.
         valid_out, valid_in: boolean [N, 1, *S] of the source images; None: all voxels.
-        regions, batch_dice: as in `hard_label_loss`.
+        regions: z are logits of sigmoids.
     """
     target = torch.where(mask, y_out, y_in)
     outside = mask if valid_out is None else mask & valid_out
     inside = ~mask if valid_in is None else ~mask & valid_in
-    outer = hard_label_loss(z, target, outside, regions=regions, batch_dice=batch_dice)
-    inner = hard_label_loss(z, target, inside, regions=regions, batch_dice=batch_dice)
-    return 0.5 * w_out * outer, 0.5 * w_in * inner
+    outer = hard_label_loss(z, target, outside, regions=regions)
+    inner = hard_label_loss(z, target, inside, regions=regions)
+    return 0.5 * outer, 0.5 * inner
 
 
 def _over_levels(

@@ -77,7 +77,7 @@ class Exchange:
         return torch.cat([mix(u_a, l_a, mask), mix(l_b, u_b, mask)])
 
     def loss(self, z: Levels, regions: bool = False) -> tuple[Tensor, Tensor]:
-        """`region_mix_loss` of both directions with weight 1, as (judged by true labels, by pseudo-labels).
+        """`region_mix_loss` of both directions, as (judged by true labels, by pseudo-labels).
 
         Hard labels would hide a teacher that is not finite; the second term is not finite then, so that it is dropped.
 
@@ -143,7 +143,7 @@ class CopyPaste:
         return mix(a, b, at_level(self.mask, a.shape[2:]))
 
     def loss(self, z: Levels, regions: bool = False) -> Tensor:
-        """`region_mix_loss` with both weights 1, from logits of `image`."""
+        """The sum of both parts of `region_mix_loss`, from logits of `image`."""
         outer, inner = region_mix_loss(
             z, self.mask, *self.targets, valid_out=self.valids[0], valid_in=self.valids[1], regions=regions
         )
