@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, fields
+from typing import Any
 
 from autossl.trainers.base import Needs, SemiSupervisedTrainer
 from autossl.trainers.registry import all_methods, method_class
@@ -67,7 +68,7 @@ def _describe(name: str, method: type[SemiSupervisedTrainer]) -> MethodDescripti
     settings = [
         SettingDescription(
             name=key,
-            default="none" if field.default is None else str(field.default),
+            default=_shown(field.default),
             meaning=field.description or "",
             source=str(extra.get("source", "")) if isinstance(extra := field.json_schema_extra, dict) else "",
         )
@@ -83,6 +84,13 @@ def _describe(name: str, method: type[SemiSupervisedTrainer]) -> MethodDescripti
         reduces_to_supervised=method.reduces_to_supervised,
         ablation=dict(method.ablation),
     )
+
+
+def _shown(default: Any) -> str:
+    """A default in a few characters: 2 / 3 is 0.6667."""
+    if isinstance(default, float):
+        return str(float(f"{default:.4g}"))
+    return "none" if default is None else str(default)
 
 
 def _needs_in_words(needs: Needs) -> list[str]:
