@@ -20,7 +20,7 @@ from autossl.planners.configurations import (
     size_configuration,
 )
 from autossl.planners.facts import DatasetFacts, dataset_facts, numbers
-from autossl.planners.plans import ConfigurationPlan, Plans
+from autossl.planners.plans import NNUNET_LEARNING_RATE, NNUNET_MOMENTUM, ConfigurationPlan, Plans
 from autossl.planners.presets import MemoryBudget, PatchBudget, Preset, preset_named
 from autossl.planners.spacing import (
     FloatArray,
@@ -309,7 +309,7 @@ def _configuration_plan(
 
 
 def _optimizer_reasons(preset: Preset) -> dict[str, str]:
-    if preset.total_steps is None:
+    if (preset.learning_rate, preset.momentum) == (NNUNET_LEARNING_RATE, NNUNET_MOMENTUM):
         return {"learning_rate": "nnU-Net's", "momentum": "nnU-Net's"}
     return {
         "learning_rate": f"with momentum {preset.momentum} a lasting gradient moves weights as far as with nnU-Net's "

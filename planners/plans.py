@@ -28,6 +28,8 @@ NETWORK_CLASSES = {
 }
 KEYS_THAT_NAME_MODULES = ("conv_op", "norm_op", "dropout_op", "nonlin")
 MAX_PATCH_VOXELS = 2**27  # 512 cubed: anything above is a damaged or hostile plan, not a plan
+NNUNET_LEARNING_RATE = 1e-2
+NNUNET_MOMENTUM = 0.99
 DATA_KEYS = (
     "spacing",
     "normalization_schemes",
@@ -38,7 +40,7 @@ DATA_KEYS = (
     "resampling_fn_seg_kwargs",
 )
 OUR_PLAN_KEYS = ("preset", "orientation", "semi_supervised", "why")
-OUR_CONFIGURATION_KEYS = ("mirror_axes", "labeled_batch_size", "unlabeled_batch_size")
+OUR_CONFIGURATION_KEYS = ("mirror_axes", "labeled_batch_size", "unlabeled_batch_size", "learning_rate", "momentum")
 
 
 class _Schema(BaseModel):
@@ -121,9 +123,9 @@ class ConfigurationPlan(_Schema):
     """Axes of the patch (0 = first spatial axis) that may be mirrored, in training and in prediction."""
     labeled_batch_size: int = Field(ge=1)
     unlabeled_batch_size: int = Field(ge=1)
-    learning_rate: float = Field(default=1e-2, gt=0, le=1)
-    """Of SGD, at the first step; the defaults are nnU-Net's."""
-    momentum: float = Field(default=0.99, ge=0, lt=1)
+    learning_rate: float = Field(default=NNUNET_LEARNING_RATE, gt=0, le=1)
+    """Of SGD, at the first step."""
+    momentum: float = Field(default=NNUNET_MOMENTUM, ge=0, lt=1)
     """Nesterov's."""
 
     @field_validator("patch_size")

@@ -8,6 +8,7 @@ from typing import Literal
 
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.planners.memory import NetworkShape, feature_map_elements
+from autossl.planners.plans import NNUNET_LEARNING_RATE, NNUNET_MOMENTUM
 from autossl.planners.topology import Topology
 
 REFERENCE_BATCH = {2: 12, 3: 2}
@@ -56,9 +57,9 @@ class Preset:
     """By spatial dimensions."""
     total_steps: int | None = None
     """None: by the number of labeled patients."""
-    learning_rate: float = 1e-2
-    momentum: float = 0.99
-    """Of SGD with Nesterov's momentum; the defaults are nnU-Net's."""
+    learning_rate: float = NNUNET_LEARNING_RATE
+    momentum: float = NNUNET_MOMENTUM
+    """Of SGD with Nesterov's momentum."""
     shares_data_of: str | None = None
     """Plans whose data folders of 2d and 3d_fullres are used, as nnU-Net's planners of residual networks do."""
 

@@ -211,12 +211,16 @@ class ParameterGroup:
     prefix: str
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float | None = None
-    """At the start; None: the plan's, which is meant for SGD."""
+    """At the start; None: the plan's, which is meant for SGD: adamw needs one of its own."""
     weight_decay: float = 3e-5
     factor: Callable[[Progress], float] = poly_over_run
     """The rate at a step is learning_rate × factor(at)."""
     clip: float | None = 12.0
     """The gradient norm of this group is clipped at this value; None: not at all."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer == "adamw" and self.learning_rate is None:
+            raise ValueError(f"group '{self.prefix}': adamw takes a learning rate of its own, the plan's is for SGD")
 
 
 @dataclass(frozen=True)

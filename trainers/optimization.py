@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autossl.planners.plans import NNUNET_LEARNING_RATE, NNUNET_MOMENTUM
 from autossl.trainers.base import ParameterGroup, Parts, Phase, Progress
 
 
 @dataclass(frozen=True)
 class PlannedOptimizer:
-    """What the plan says of SGD; the defaults are nnU-Net's."""
+    """What the plan says of SGD."""
 
-    learning_rate: float = 1e-2
-    momentum: float = 0.99
+    learning_rate: float = NNUNET_LEARNING_RATE
+    momentum: float = NNUNET_MOMENTUM
 
 
 @dataclass

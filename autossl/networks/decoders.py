@@ -74,20 +74,7 @@ class _UpSampling(nn.Module):
         self.convolution = (
             encoder.conv_op(from_width, to_width, 1)
             if self.flat
-            else ConvDropoutNormReLU(
-                encoder.conv_op,
-                from_width,
-                to_width,
-                encoder.kernel_sizes[-(stage + 2)],
-                1,
-                encoder.conv_bias,
-                encoder.norm_op,
-                encoder.norm_op_kwargs,
-                encoder.dropout_op,
-                encoder.dropout_op_kwargs,
-                encoder.nonlin,
-                encoder.nonlin_kwargs,
-            )
+            else convolution_like(encoder, from_width, to_width, encoder.kernel_sizes[-(stage + 2)])
         )
 
     def forward(self, below: Tensor, size: Sequence[int]) -> Tensor:
@@ -122,3 +109,21 @@ class DistanceHead(nn.Module):
             weight, bias = weight[list(classes)], bias[list(classes)]
         convolve = functional.conv2d if features.ndim == 4 else functional.conv3d
         return torch.tanh(convolve(features, weight, bias).float())
+
+
+def convolution_like(encoder: Any, from_width: int, to_width: int, kernel: Any) -> nn.Module:
+    """Convolution, norm and non-linearity of the encoder's kind: [N, from_width, *S] → [N, to_width, *S]."""
+    return ConvDropoutNormReLU(
+        encoder.conv_op,
+        from_width,
+        to_width,
+        kernel,
+        1,
+        encoder.conv_bias,
+        encoder.norm_op,
+        encoder.norm_op_kwargs,
+        encoder.dropout_op,
+        encoder.dropout_op_kwargs,
+        encoder.nonlin,
+        encoder.nonlin_kwargs,
+    )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
 
 from autossl.networks.build import build_network, seeded_weights
+from autossl.networks.decoders import convolution_like
 from autossl.networks.features import decode, encode
 from autossl.planners.plans import Architecture
 
@@ -38,8 +38,11 @@ class RefineHead(nn.Module):
         self.activation = activation
         with seeded_weights(seed):
             plan: Any = build_network(architecture, 1, n_outputs)
-            width = plan.encoder.output_channels[0]
-            self.blocks = nn.Sequential(_block(plan.encoder, width + n_outputs), _block(plan.encoder, width))
+            encoder, width, kernel = plan.encoder, plan.encoder.output_channels[0], plan.encoder.kernel_sizes[0]
+            self.blocks = nn.Sequential(
+                convolution_like(encoder, width + n_outputs, width, kernel),
+                convolution_like(encoder, width, width, kernel),
+            )
             self.blocks.apply(plan.initialize)
             self.correction = plan.encoder.conv_op(width, n_outputs, 1)
         nn.init.zeros_(self.correction.weight)
@@ -64,20 +67,3 @@ class RefinedNetwork(nn.Module):
         """Logits [N,C,*S]."""
         logits, features = decode(self.network, encode(self.network, image))
         return self.head(features[-1], logits[0])
-
-
-def _block(encoder: Any, in_channels: int) -> nn.Module:
-    return ConvDropoutNormReLU(
-        encoder.conv_op,
-        in_channels,
-        encoder.output_channels[0],
-        encoder.kernel_sizes[0],
-        1,
-        encoder.conv_bias,
-        encoder.norm_op,
-        encoder.norm_op_kwargs,
-        encoder.dropout_op,
-        encoder.dropout_op_kwargs,
-        encoder.nonlin,
-        encoder.nonlin_kwargs,
-    )

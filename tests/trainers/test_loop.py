@@ -258,6 +258,11 @@ def test_the_plan_gives_the_rate_and_the_momentum_of_groups_that_do_not_name_a_r
     assert entry.set_rate(Progress(0, 4)) == 1e-4
 
 
+def test_the_plans_rate_is_never_given_to_adamw() -> None:
+    with pytest.raises(ValueError, match="'head': adamw takes a learning rate of its own"):
+        ParameterGroup("head", "adamw")
+
+
 class NotFinite(Supervised):
     """A term that is infinite in chosen steps."""
 
