@@ -80,6 +80,7 @@ def test_a_large_volume_gets_a_low_resolution_and_batch_dice() -> None:
     assert theirs["3d_lowres"]["next_stage"] == "3d_cascade_fullres"
     assert theirs["3d_cascade_fullres"] == {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     assert "mirror_axes" not in theirs["2d"]
+    assert not {"learning_rate", "momentum", "labeled_batch_size"} & set(theirs["2d"])
 
 
 def test_pictures_get_2d_only_and_keep_their_slice_spacing() -> None:
