@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -52,8 +53,10 @@ class TrainRequest:
     hours: float | None = None
     """For all folds of this call together."""
     labeled: str | None = None
-    """Benchmark budget: cases, or a fraction with a point."""
+    """Budget: cases, or a fraction with a point."""
     draw: int = 0
+    budget_kind: Literal["benchmark", "deployment"] = "benchmark"
+    """What the budget means; see `autossl.data.splits`."""
     seed: int = 0
     device: str = "auto"
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -285,7 +288,12 @@ def resolve(request: TrainRequest) -> RunSetup:
     raw = read_raw_dataset(workspace.raw_folder(dataset))
     fingerprint = read_fingerprint(folder / FINGERPRINT)
     split = load_or_make_split(
-        folder, split_cases(raw), request.labeled, request.draw, duplicates=fingerprint.duplicates
+        folder,
+        split_cases(raw),
+        request.labeled,
+        request.draw,
+        request.budget_kind,
+        duplicates=fingerprint.duplicates,
     )
     names = [str(n) for n in range(len(split.folds))] if request.folds == ("all_folds",) else list(request.folds)
     folds = {name: fold_cases(split, name) for name in names}
@@ -338,6 +346,8 @@ def _check_numbers(request: TrainRequest) -> None:
         problems.append(Problem("--steps and --hours together", "one of them", "leave one out"))
     if request.steps is not None and request.steps < 1:
         problems.append(Problem(f"--steps {request.steps}", "at least 1", "give a positive number"))
+    if request.budget_kind == "deployment" and request.labeled is None:
+        problems.append(Problem("--deployment without a budget", "--labeled N beside it", "give the number of labels"))
     if request.hours is not None and request.hours <= 0:
         problems.append(Problem(f"--hours {request.hours}", "more than 0", "give a positive number"))
     if request.num_workers is not None and not 0 <= request.num_workers <= 256:

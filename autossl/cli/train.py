@@ -69,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draw", type=non_negative, default=0, metavar="D", help="which draw of the labels (default: 0)"
     )
+    parser.add_argument(
+        "--deployment",
+        action="store_true",
+        help="draw the N once for all folds and keep a hidden test set, as autossl_run does",
+    )
     parser.add_argument("--seed", type=non_negative, default=0, metavar="S", help="of the training (default: 0)")
     parser.add_argument(
         "--set",
@@ -127,6 +132,7 @@ def _request(arguments: argparse.Namespace) -> TrainRequest:
         hours=arguments.hours,
         labeled=arguments.labeled,
         draw=arguments.draw,
+        budget_kind="deployment" if arguments.deployment else "benchmark",
         seed=arguments.seed,
         device=arguments.device,
         settings=dict(arguments.settings),

@@ -59,6 +59,8 @@ def test_every_training_option_arrives() -> None:
     )
     hours = train_request("4", "2d", "all_folds", "--hours", "1.5", "--overwrite")
     assert (hours.hours, hours.overwrite, hours.folds) == (1.5, True, ("all_folds",))
+    deployed = train_request("4", "2d", "0", "--labeled", "20", "--deployment")
+    assert (deployed.labeled, deployed.budget_kind) == ("20", "deployment")
 
 
 def test_every_prediction_option_arrives() -> None:
