@@ -111,20 +111,20 @@ class RunFilter:
 
     def accepts(self, spec: RunSpec) -> bool:
         """Whether a run's specification fits."""
-        budget, draw = _budget_of(spec.split)
-        wanted = self.labeled if self.labeled in (None, "all") else normal_budget(self.labeled)
         actual: dict[str, Any] = {
             "configuration": spec.configuration,
             "preset": spec.preset,
             "method": spec.method,
-            "labeled": budget,
-            "draw": draw,
             "seed": spec.seed,
             "tag": spec.tag or "",
-            "split": spec.split,
         }
-        asked = {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"labeled": wanted}
-        return all(value is None or value == actual[name] for name, value in asked.items())
+        return self.accepts_split(spec.split) and all(getattr(self, k) in (None, value) for k, value in actual.items())
+
+    def accepts_split(self, split: str) -> bool:
+        """Whether the name of a split fits: its budget and draw, and the name itself."""
+        budget, draw = _budget_of(split)
+        labeled = self.labeled if self.labeled in (None, "all") else normal_budget(self.labeled)
+        return labeled in (None, budget) and self.draw in (None, draw) and self.split in (None, split)
 
     def __str__(self) -> str:
         given = {entry.name: getattr(self, entry.name) for entry in fields(self)}

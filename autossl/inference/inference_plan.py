@@ -1,0 +1,105 @@
+"""inference_plan.json: which runs predict together, how, and why; read by `autossl_predict -d DATASET`."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from autossl.data.files import read_json, write_json
+from autossl.data.problems import InvalidInput, Problem
+from autossl.data.provenance import Written
+from autossl.data.runs import RunFilter
+from autossl.data.workspace import Workspace
+
+INFERENCE_PLAN_FILE = "inference_plan.json"
+MAKE_ONE = "autossl_find_best_configuration"
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlanMember(_Schema):
+    """A run and its folds; their logits are averaged first."""
+
+    run: str
+    """Its folder relative to results/, with '/': `Dataset004_Hippocampus/default/2d__nano__supervised__seed-0`."""
+    folds: tuple[str, ...] = Field(min_length=1)
+
+    @field_validator("run")
+    @classmethod
+    def _stays_inside(cls, run: str) -> str:
+        if PurePosixPath(run).is_absolute() or ".." in PurePosixPath(run).parts or "\\" in run or not run.strip("./"):
+            raise ValueError("must be a folder below results/, relative to it")
+        return run
+
+    @property
+    def name(self) -> str:
+        """The run folder's own name."""
+        return PurePosixPath(self.run).name
+
+
+class LabelBudget(_Schema):
+    """What the members have seen of labels, all folds together."""
+
+    n_cases: int
+    n_patients: int
+    draw: int | None = None
+    """Of a drawn budget; None: all labeled cases."""
+
+
+class InferencePlan(_Schema):
+    """The final model of a split. Label maps come from the members' probabilities, then the rules are applied."""
+
+    dataset: str
+    split: str
+    members: tuple[PlanMember, ...] = Field(min_length=1)
+    combine: Literal["single", "mean_probabilities"]
+    """"single": one member, its logits decide; "mean_probabilities": the mean of the members' probabilities does."""
+    postprocessing: tuple[dict[str, Any], ...] = ()
+    """Rules as `autossl.evaluation.postprocessing.Rule`, applied in this order."""
+    why: str
+    """In sentences, for the user."""
+    labels: LabelBudget
+    dice: float | None = None
+    """Pooled foreground Dice of these members on the out-of-fold cases, before postprocessing; see selection.json."""
+    written: Written
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> InferencePlan:
+        if (self.combine == "single") != (len(self.members) == 1):
+            raise ValueError(f"{len(self.members)} members cannot be combined as '{self.combine}'")
+        return self
+
+
+def inference_plan_path(workspace: Workspace, dataset: str, split: str) -> Path:
+    """results/<dataset>/<split>/inference_plan.json."""
+    return workspace.results_folder(dataset) / split / INFERENCE_PLAN_FILE
+
+
+def write_inference_plan(path: Path, plan: InferencePlan) -> None:
+    """Atomically."""
+    write_json(path, plan.model_dump(mode="json"))
+
+
+def read_inference_plan(path: Path) -> InferencePlan:
+    """Reads and checks an inference plan.
+
+    Raises:
+        InvalidInput: it is missing, cut off or makes no sense.
+    """
+    content = read_json(path)
+    try:
+        return InferencePlan.model_validate(content)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
+        wanted = f"an inference plan as {MAKE_ONE} writes it"
+        raise InvalidInput(Problem(faults, wanted, f"make it again with {MAKE_ONE}", file=path)) from error
+
+
+def find_inference_plans(workspace: Workspace, dataset: str, wanted: RunFilter | None = None) -> list[Path]:
+    """Plans of the dataset's splits that fit a filter's budget, draw and split; sorted by split."""
+    paths = sorted(workspace.results_folder(dataset).glob(f"*/{INFERENCE_PLAN_FILE}"))
+    return [path for path in paths if wanted is None or wanted.accepts_split(path.parent.name)]
