@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modality", metavar="NAME", help="from this channel or channel group of dataset.json alone; only it is needed"
     )
-    parser.add_argument("--save_probabilities", action="store_true", help="write CASE.npz as well")
+    parser.add_argument("--save_probabilities", action="store_true", help="write probabilities/CASE.b2nd as well")
     parser.add_argument("--save_uncertainty", action="store_true", help="write entropy and disagreement as well")
     parser.add_argument("--no_mirroring", action="store_true", help="faster, slightly less accurate")
     parser.add_argument(

@@ -74,11 +74,12 @@ class Geometry:
         return moved[(..., *(slice(None, None, -1 if flip else None) for flip in self.flips))]
 
     def restore(self, oriented: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Stored view of an oriented array [z,y,x]: undoes `orient`; copies nothing."""
-        if oriented.shape != self.shape_zyx:
+        """Stored view of an oriented array [..., z,y,x]: undoes `orient`; copies nothing."""
+        if oriented.shape[-3:] != self.shape_zyx:
             raise ValueError(f"the array is {oriented.shape}, the image it belongs to is {self.shape_zyx} (z,y,x)")
-        flipped = oriented[tuple(slice(None, None, -1 if flip else None) for flip in self.flips)]
-        return flipped.transpose(*np.argsort(self.axes))
+        lead = oriented.ndim - 3
+        flipped = oriented[(..., *(slice(None, None, -1 if flip else None) for flip in self.flips))]
+        return flipped.transpose(*range(lead), *(lead + axis for axis in np.argsort(self.axes)))
 
     def oriented_to_ras(self) -> Geometry:
         """The same file, its array to be reoriented to RAS+ as nibabel does it; 2D files stay as stored.

@@ -44,6 +44,18 @@ def predict_preprocessed(
     """Label map [z,y,x] of a stored case in its image's oriented grid, and the geometry to write it with.
 
     Raises:
+        InvalidInput: as `restore_preprocessed`.
+    """
+    restored, geometry = restore_preprocessed(predictor, store, case, plans, schema)
+    return restored.label_map, geometry
+
+
+def restore_preprocessed(
+    predictor: Predictor, store: CaseStore, case: str, plans: Plans, schema: LabelSchema, wanted: Wanted | None = None
+) -> tuple[Restored, Geometry]:
+    """All that is wanted of a stored case in its image's oriented grid, and the geometry to write it with.
+
+    Raises:
         InvalidInput: the stored case is damaged, or was preprocessed for other axes than the plan's.
     """
     properties = store.properties(case)
@@ -57,8 +69,8 @@ def predict_preprocessed(
                 file=store.properties_path(case),
             )
         )
-    restored = predict_image(predictor, np.asarray(store.image(case)[:]), properties, schema)
-    return restored.label_map, properties.geometry
+    restored = predict_image(predictor, np.asarray(store.image(case)[:]), properties, schema, wanted)
+    return restored, properties.geometry
 
 
 def predict_preprocessed_grid(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autossl.data.labels import LabelSchema
+from autossl.data.probabilities import STEPS, quantize
 from autossl.inference.predictor import Slab
 from autossl.inference.uncertainty import normalized_entropy, pairwise_disagreement
 from autossl.networks.prediction import Activation, probabilities_of
@@ -60,8 +61,9 @@ class Restored:
     """Arrays of the original oriented image, z,y,x."""
 
     label_map: npt.NDArray[np.integer[Any]]
-    probabilities: npt.NDArray[np.float32] | None = None
-    """[K,z,y,x] of the logits averaged over the folds; outside of the crop 1 for background (labels), 0 (regions)."""
+    probabilities: npt.NDArray[np.uint8] | None = None
+    """`quantize`d [K,z,y,x] of the logits averaged over the folds; outside of the crop 1 for background (labels), 0
+    (regions). `labels_of` them are the label map."""
     entropy: npt.NDArray[np.float32] | None = None
     """`normalized_entropy` of the folds' mean probabilities; 0 outside of the crop."""
     disagreement: npt.NDArray[np.float32] | None = None
@@ -197,13 +199,13 @@ class _Canvas:
     def __init__(self, grid: OriginalGrid, schema: LabelSchema, activation: Activation, wanted: Wanted) -> None:
         self._grid, self._schema, self._activation, self._wanted = grid, schema, activation, wanted
         self._labels = np.zeros(grid.shape, dtype=schema.dtype)
-        self._probabilities: npt.NDArray[np.float32] | None = None
+        self._probabilities: npt.NDArray[np.uint8] | None = None
         self._entropy = np.zeros(grid.shape, dtype=np.float32) if wanted.uncertainty else None
         self._disagreement: npt.NDArray[np.float32] | None = None
         if wanted.probabilities:
-            self._probabilities = np.zeros((schema.n_outputs, *grid.shape), dtype=np.float32)
+            self._probabilities = np.zeros((schema.n_outputs, *grid.shape), dtype=np.uint8)
             if not schema.has_regions:
-                self._probabilities[0] = 1
+                self._probabilities[0] = STEPS
 
     def paint(self, start: int, logits: Tensor) -> None:
         """Writes the rows from `start` on; logits [F,K,n,y,x] in the cropped original grid."""
@@ -212,10 +214,12 @@ class _Canvas:
         mean = logits[0] if len(logits) == 1 else logits.mean(0)
         self._labels[place] = decide_labels(mean, self._schema).cpu().numpy()
         if self._probabilities is not None:
-            self._probabilities[(slice(None), *place)] = probabilities_of(mean, self._activation, 0).cpu().numpy()
+            probabilities = probabilities_of(mean, self._activation, 0).cpu().numpy()
+            keep_largest = not self._schema.has_regions
+            self._probabilities[(slice(None), *place)] = quantize(probabilities, keep_largest)
         if self._entropy is not None:
-            probabilities = sum(probabilities_of(fold, self._activation, 0) for fold in logits) / len(logits)
-            self._entropy[place] = normalized_entropy(torch.as_tensor(probabilities), self._activation).cpu().numpy()
+            total = sum(probabilities_of(fold, self._activation, 0) for fold in logits) / len(logits)
+            self._entropy[place] = normalized_entropy(torch.as_tensor(total), self._activation).cpu().numpy()
             if len(logits) > 1:
                 if self._disagreement is None:
                     self._disagreement = np.zeros(self._grid.shape, dtype=np.float32)

@@ -17,6 +17,7 @@ from tiny_model import DATASET, tiny_plans, write_tiny_images, write_tiny_pictur
 
 from autossl.data.image_io import read_image, read_label
 from autossl.data.labels import LabelSchema
+from autossl.data.probabilities import labels_of, probabilities_file, read_probabilities
 from autossl.data.problems import InvalidInput
 from autossl.data.runs import RunFilter
 from autossl.data.store import CaseStore
@@ -112,17 +113,26 @@ def test_the_coarse_axis_is_looked_for_on_the_way_back(
 def test_probabilities_and_uncertainty_are_written_beside(request_of: Callable[..., PredictRequest]) -> None:
     request = request_of({"0": 0, "1": 1}, save_probabilities=True, save_uncertainty=True)
     predict(request)
-    probabilities = np.load(request.output / "a.npz")["probabilities"]
-    shape = read_image([request.input / "a_0000.nii.gz"], "RAS").array.shape[1:]
+    probabilities = read_probabilities(probabilities_file(request.output, "a"))
+    shape = read_label(request.output / "a.nii.gz", "native")[0].shape
     assert probabilities.shape == (3, *shape)
     assert probabilities.dtype == np.float32
     expected = torch.tensor([10.0, 10.0, 0.0]).softmax(0).numpy()  # of the mean logits
-    np.testing.assert_allclose(probabilities, expected[:, None, None, None] * np.ones(shape), rtol=1e-4)
+    np.testing.assert_allclose(probabilities, expected[:, None, None, None] * np.ones(shape), atol=1.1 / 510)
     entropy = sitk.ReadImage(str(request.output / "a_entropy.nii.gz"))
     assert sitk.GetArrayFromImage(entropy).ravel() == pytest.approx(np.log(2) / np.log(3), abs=1e-4)
     assert entropy.GetDirection() == sitk.ReadImage(str(request.input / "a_0000.nii.gz")).GetDirection()
     disagreement = sitk.GetArrayFromImage(sitk.ReadImage(str(request.output / "a_disagreement.nii.gz")))
     assert np.all(disagreement == 1)
+
+
+def test_probabilities_lie_on_the_label_map_voxel_by_voxel(request_of: Callable[..., PredictRequest]) -> None:
+    request = request_of(("0",), save_probabilities=True)  # untrained weights; the images' axes are turned
+    predict(request)
+    label_map, _, _ = read_label(request.output / "a.nii.gz", "native")
+    assert len(np.unique(label_map)) > 1
+    probabilities = read_probabilities(probabilities_file(request.output, "a"))
+    np.testing.assert_array_equal(labels_of(probabilities, SCHEMA), label_map)
 
 
 def test_pictures_are_predicted_by_2d_networks(tmp_path: Path) -> None:
@@ -155,7 +165,7 @@ def test_resume_predicts_only_what_is_missing(request_of: Callable[..., PredictR
     predict(request)
     with pytest.raises(InvalidInput, match="results of 2 cases are there: a, b"):
         predict(request)
-    (request.output / "b.npz").unlink()
+    probabilities_file(request.output, "b").unlink()
     before = (request.output / "a.nii.gz").stat().st_mtime_ns
     result = predict(replace(request, resume=True))
     assert (result.predicted, result.skipped) == (("b",), ("a",))

@@ -13,6 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from autossl.data.labels import LabelSchema
+from autossl.data.probabilities import labels_of
 from autossl.inference import restore as restore_module
 from autossl.inference.predictor import Slab
 from autossl.inference.restore import OriginalGrid, SlabResampler, Wanted, decide_labels, restore
@@ -111,8 +112,9 @@ def test_probabilities_are_of_the_mean_logits_and_background_fills_the_outside()
     grid = OriginalGrid((4, 3, 3), (slice(1, 3), slice(0, 3), slice(0, 3)), (0, 1, 2))
     restored = restore(slabs_of(logits), (2, 3, 3), grid, LABELS, "softmax", Wanted(probabilities=True))
     assert restored.probabilities is not None
-    np.testing.assert_allclose(restored.probabilities[:, 1:3], logits.mean(0).softmax(0).numpy(), rtol=1e-5)
-    assert restored.probabilities[:, 0, 0, 0].tolist() == [1, 0, 0]
+    np.testing.assert_allclose(restored.probabilities[:, 1:3] / 255, logits.mean(0).softmax(0).numpy(), atol=3 / 510)
+    assert restored.probabilities[:, 0, 0, 0].tolist() == [255, 0, 0]
+    np.testing.assert_array_equal(labels_of(restored.probabilities / np.float32(255), LABELS), restored.label_map)
     assert restored.entropy is None
 
 
