@@ -1,17 +1,30 @@
-"""Weights to start from, with a report of what matched by name and shape."""
+"""Weights to start from: what matched by name and shape, and that they have seen no case the fold validates on.
+
+A file starts every fold. A run's folder starts each fold from its own fold of that run: since cases never move between
+folds, these weights have not seen the labels of the cases that the fold validates on.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autossl.data.files import content_hash, file_hash
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.runs import CHECKPOINT_FINAL, IDENTITY, RUN_FILE, RunSpec, read_run
+from autossl.data.splits import Fold
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.trainers.base import Parts
+
+logger = logging.getLogger(__name__)
+
+NAMED_CASES = 5
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,48 @@ class InitReport:
             if names:
                 text += f", {len(names)} {words} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         return text
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json: how many fitted, and the names of those that did not."""
+        return {
+            "loaded": len(self.loaded),
+            "other_shape": list(self.other_shape),
+            "not_in_file": list(self.not_in_file),
+        }
+
+
+def initial_checkpoint(source: Path, fold: str) -> Path:
+    """The file that a fold starts from: `source` itself, or the final weights of the same fold of a run's folder.
+
+    Raises:
+        InvalidInput: the run has not finished this fold.
+    """
+    if not source.is_dir():
+        return source
+    path = source / f"fold_{fold}" / CHECKPOINT_FINAL
+    if path.is_file():
+        return path
+    there = sorted(file.parent.name.removeprefix("fold_") for file in source.glob(f"fold_*/{CHECKPOINT_FINAL}"))
+    raise InvalidInput(
+        Problem(
+            f"--init names a run that has no finished fold {fold}",
+            f"one of its finished folds: {', '.join(there)}" if there else "the folder of a run that holds fold_k",
+            "train the same folds, finish that run with --resume, or name a checkpoint",
+            file=source,
+        )
+    )
+
+
+def initial_identity(source: Path) -> str:
+    """What tells one starting point from another: a file's hash, or the hash of a run's specification.
+
+    Raises:
+        InvalidInput: a folder without a readable run.json.
+    """
+    if not source.is_dir():
+        return file_hash(source)
+    spec = read_run(source).model_dump(mode="json")
+    return content_hash({name: spec[name] for name in IDENTITY}, 16)
 
 
 def load_initial_weights(parts: Parts, path: Path) -> list[InitReport]:
@@ -56,6 +111,66 @@ def load_initial_weights(parts: Parts, path: Path) -> list[InitReport]:
             )
         )
     return reports
+
+
+def initial_record(parts: Parts, source: Path, fold: str, cases: Fold, dataset: str) -> dict[str, Any]:
+    """What run.json holds of a fold's starting point; loads the weights into `parts` to see what fits.
+
+    `seen` lists the cases of this dataset that the weights were trained on, with or without labels, and those of the
+    weights that these were started from; None where the file lies in no run, so that nothing is known.
+
+    Raises:
+        InvalidInput: as `load_initial_weights`, or the weights have seen a case that the fold must not train on.
+    """
+    path = initial_checkpoint(source, fold)
+    reports = load_initial_weights(parts, path)
+    origin, run = _origin(path)
+    seen = None if run is None else _seen_cases(run, origin, dataset)
+    if seen is None:
+        logger.warning("--init: %s lies in no run: whether it saw validation cases cannot be checked", path)
+    else:
+        _check_seen(path, fold, seen, cases)
+    return {
+        "hash": file_hash(path),
+        "run": None if run is None else f"{run.split}/{path.parent.parent.name}",
+        "fold": origin,
+        "matched": {report.part: report.to_json() for report in reports},
+        "seen": seen,
+    }
+
+
+def _origin(path: Path) -> tuple[str | None, RunSpec | None]:
+    """The fold and the run that a checkpoint lies in, where it lies in one."""
+    fold, run = path.resolve().parent, path.resolve().parent.parent
+    if not fold.name.startswith("fold_") or not (run / RUN_FILE).is_file():
+        return None, None
+    return fold.name.removeprefix("fold_"), read_run(run)
+
+
+def _seen_cases(run: RunSpec, fold: str | None, dataset: str) -> list[str] | None:
+    if run.dataset != dataset:
+        return []
+    trained = run.folds.get(str(fold))
+    if trained is None:
+        return None
+    before = run.initial.get(str(fold), {"seen": []})["seen"]
+    return None if before is None else sorted({*trained.labeled, *trained.unlabeled, *before})
+
+
+def _check_seen(path: Path, fold: str, seen: list[str], cases: Fold) -> None:
+    """No validation or test case of the fold, and nothing that would leak one, may have made the weights."""
+    leaked = sorted(set(seen) & {*cases.validation, *cases.hidden_test, *cases.excluded})
+    if leaked:
+        more = f" and {len(leaked) - NAMED_CASES} more" if len(leaked) > NAMED_CASES else ""
+        raise InvalidInput(
+            Problem(
+                f"the weights to start from were trained on {len(leaked)} cases that fold {fold} keeps out of its "
+                f"training, or on their images without labels: {', '.join(leaked[:NAMED_CASES])}{more}",
+                "weights that know no validation case of the fold",
+                "name the folder of a supervised run, so that each fold starts from its own weights; or train fold all",
+                file=path,
+            )
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from autossl.data.description import DatasetDescription
-from autossl.data.files import file_hash
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.raw_dataset import Case, RawDataset, read_raw_dataset
@@ -31,6 +30,7 @@ from autossl.planners.semi_supervised import ema_decay_max
 from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
 from autossl.trainers.components.losses import SupervisedLoss
+from autossl.trainers.initial_weights import initial_identity
 from autossl.trainers.memory_plan import MemoryPlan
 from autossl.trainers.registry import make_settings, method_class
 from autossl.version import __version__
@@ -62,6 +62,7 @@ class TrainRequest:
     settings: Mapping[str, str] = field(default_factory=dict)
     tag: str | None = None
     initial_weights: Path | None = None
+    """A checkpoint, or the folder of a run: each fold then starts from the same fold of that run."""
     resume: bool = False
     overwrite: bool = False
     num_workers: int | None = None
@@ -210,7 +211,7 @@ class RunSetup:
             total_steps=total_steps,
             labeled_batch_size=plan.labeled_batch_size,
             unlabeled_batch_size=self.unlabeled_batch_size,
-            initial_weights=file_hash(initial) if initial is not None else None,
+            initial_weights=initial_identity(initial) if initial is not None else None,
             folds=self.folds,
             memory=self.memory.to_json() if self.memory else {},
             fold_facts={fold: self.statistics(fold).model_dump(mode="json") for fold in self.folds},
@@ -358,8 +359,9 @@ def _check_numbers(request: TrainRequest) -> None:
         problems.append(Problem("all_folds beside other folds", "all_folds alone", "leave the others out"))
     if request.resume and request.overwrite:
         problems.append(Problem("--resume and --overwrite together", "one of them", "leave one out"))
-    if request.initial_weights is not None and not request.initial_weights.is_file():
-        problems.append(Problem("--init names no file", "a checkpoint", "check the path", file=request.initial_weights))
+    if request.initial_weights is not None and not request.initial_weights.exists():
+        expected = "a checkpoint, or the folder of a run"
+        problems.append(Problem("--init names no file", expected, "check the path", file=request.initial_weights))
     if problems:
         raise InvalidInput(problems)
 

@@ -22,7 +22,7 @@ from autossl.data.runs import CHECKPOINT_LATEST, RunSpec, fold_state, open_run, 
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
-from autossl.trainers.initial_weights import load_initial_weights
+from autossl.trainers.initial_weights import initial_checkpoint, initial_record, load_initial_weights
 from autossl.trainers.loop import LoopOptions, TrainingLoop
 from autossl.trainers.memory_trial import fit_to_memory
 from autossl.trainers.refresh import PoolPredictor, blank_pseudo_labels
@@ -91,7 +91,7 @@ def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult
     asked = setup.spec(steps)
     folder = setup.folder(asked)
     if request.initial_weights is not None:
-        _check_initial_weights(setup, steps)
+        asked = asked.model_copy(update={"initial": _initial_records(setup, request.initial_weights, steps)})
     spec = open_run(folder, asked, request.resume, request.overwrite)
     setup = setup.with_cases_of(spec)
     write_plans(folder / "plans.json", setup.plans)
@@ -125,7 +125,7 @@ def _train_to_the_end(
 ) -> None:
     request = setup.request
     if request.initial_weights is not None:
-        for report in load_initial_weights(method.parts, request.initial_weights):
+        for report in load_initial_weights(method.parts, initial_checkpoint(request.initial_weights, fold)):
             logger.info("--init: %s", report)
     source = _source(setup, fold, folder)
     with _stop_signals(hooks.handle_signals) as stopped:
@@ -214,11 +214,17 @@ def _total_steps(setup: RunSetup) -> int:
     return steps_for_hours(request.hours, seconds, len(setup.folds))
 
 
-def _check_initial_weights(setup: RunSetup, steps: int) -> None:
-    """Raises before anything is written where the file is not ours or nothing in it fits."""
-    if setup.request.initial_weights is not None:
-        fold = next(iter(setup.folds))
-        load_initial_weights(setup.method(setup.job(fold, steps), setup.settings).parts, setup.request.initial_weights)
+def _initial_records(setup: RunSetup, source: Path, steps: int) -> dict[str, dict[str, Any]]:
+    """Fold → what run.json says of its starting point.
+
+    Raises before anything is written where a file is not ours, nothing in it fits or it knows validation cases.
+    """
+    return {
+        fold: initial_record(
+            setup.method(setup.job(fold, steps), setup.settings).parts, source, fold, cases, setup.raw.name
+        )
+        for fold, cases in setup.folds.items()
+    }
 
 
 def _bound(callback: Callable[..., None] | None, *first: Any) -> Callable[..., None] | None:

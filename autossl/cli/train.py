@@ -86,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         help="change settings of the method; see autossl_methods METHOD",
     )
     parser.add_argument("--tag", metavar="T", help="part of the run's name (default: made of changed settings, if any)")
-    parser.add_argument("--init", type=Path, metavar="FILE", help="checkpoint whose weights to start from")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="weights to start from: a checkpoint, or the folder of a run (each fold from its own fold there)",
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with what is unfinished")
     again.add_argument("--overwrite", action="store_true", help="remove what exists of these folds and start again")

@@ -65,7 +65,9 @@ class RunSpec(BaseModel):
     labeled_batch_size: int | None = None
     unlabeled_batch_size: int | None = None
     initial_weights: str | None = None
-    """Hash of the file given with --init."""
+    """What --init named: the hash of a file, or that of the specification of a run."""
+    initial: dict[str, dict[str, Any]] = {}
+    """Fold → the weights it started from: hash, run and fold, which weights matched, which cases they have seen."""
     folds: dict[str, Fold] = {}
     """Fold ("0", …, "all") → its cases at the time it was started."""
     fold_facts: dict[str, dict[str, Any]] = {}
@@ -300,6 +302,11 @@ def spec_differences(stored: RunSpec, asked: RunSpec, folds: list[str]) -> list[
         for name, before, now in pairs
         if content_hash(before) != content_hash(now)
     ]
+    for key in sorted(set(stored.initial) & set(asked.initial)):
+        before, now = (spec.initial[key].get("hash") for spec in (stored, asked))
+        if before != now:
+            change = f"folds.{key} started from the weights {before}, {now} was asked for"
+            found.append(Problem(change, "the same weights", fix))
     for key in folds:
         for name in ("labeled", "validation", "unlabeled", "hidden_test"):
             before, now = (set(getattr(spec.folds.get(key, Fold(labeled=())), name)) for spec in (stored, asked))
@@ -328,10 +335,12 @@ def _write_merged(folder: Path, stored: RunSpec, spec: RunSpec, kept: set[str]) 
     """run.json with the folds of both; for `kept` the stored ones win."""
     new = {key: fold for key, fold in spec.folds.items() if key not in kept}
     facts = {key: value for key, value in spec.fold_facts.items() if key not in kept}
+    initial = {key: value for key, value in spec.initial.items() if key not in kept}
     merged = stored.model_copy(
         update={
             "folds": dict(sorted((stored.folds | new).items())),
             "fold_facts": dict(sorted((stored.fold_facts | facts).items())),
+            "initial": dict(sorted((stored.initial | initial).items())),
         }
     )
     if merged != stored:

@@ -191,8 +191,11 @@ def test_initial_weights_are_taken_over_and_reported(workspace: Workspace, caplo
     path = first.folds[0].folder / "checkpoint_final.pth"
     with caplog.at_level("INFO"):
         second = train(request(workspace, method="mean_teacher", initial_weights=path, steps=1, tag="init"))
-    assert "network: 1" in caplog.text or "weights taken over" in caplog.text
+    assert "weights taken over" in caplog.text
     assert second.spec.initial_weights
+    stored = json.loads((second.folder / "run.json").read_text())["initial"]["0"]
+    assert stored["run"] == "default/2d__nano__supervised__seed-0"
+    assert stored["matched"]["network"]["loaded"] > 10
     damaged = path.with_name("damaged.pth")
     damaged.write_bytes(path.read_bytes()[:2000])
     before = files_below(workspace.results)
