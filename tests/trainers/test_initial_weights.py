@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import DATASET, tiny_plans, write_tiny_run
 
 from autossl.data.problems import InvalidInput
 from autossl.data.runs import RunSpec, spec_differences
@@ -14,7 +15,6 @@ from autossl.data.splits import Fold
 from autossl.networks.build import build_network
 from autossl.trainers.base import Parts
 from autossl.trainers.initial_weights import initial_checkpoint, initial_identity, initial_record
-from tiny_model import DATASET, tiny_plans, write_tiny_run
 
 OLD = {"0": Fold(labeled=("a", "b"), validation=("c",)), "1": Fold(labeled=("b", "c"), validation=("a",))}
 
