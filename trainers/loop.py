@@ -339,7 +339,7 @@ class TrainingLoop:
             "dropped_terms": dict(self._dropped_terms),
             "steps_per_second": steps / seconds,
             "data_wait_share": waited / seconds,
-            "memory_mb": _peak_memory_mb(self.options.device),
+            "memory_mb": peak_memory_mb(self.options.device),
         }
         self._means.clear()
         return line
@@ -420,7 +420,7 @@ def _floats(values: dict[str, Any]) -> dict[str, float]:
     return {name: by_name[name] if name in by_name else float(value) for name, value in values.items()}
 
 
-def _peak_memory_mb(device: str) -> float:
+def peak_memory_mb(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
