@@ -19,6 +19,7 @@ import torch
 
 from autossl.data.case_files import case_files, modality_files
 from autossl.data.files import read_json, write_json
+from autossl.data.geometry import Geometry
 from autossl.data.image_io import LoadedImage, read_image
 from autossl.data.prepared import PreparedCase
 from autossl.data.problems import InvalidInput, Problem
@@ -26,6 +27,7 @@ from autossl.data.runs import RunFilter, choose_run
 from autossl.data.workspace import Workspace
 from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE, TrainedModel, read_model
 from autossl.inference.outputs import OutputFolder
+from autossl.inference.postprocess import Rule, apply_rules, check_rules
 from autossl.inference.predictor import Predictor, Window
 from autossl.inference.preprocessed import predict_image
 from autossl.inference.restore import Restored, Wanted
@@ -37,7 +39,7 @@ from autossl.version import __version__
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "prediction.json"
-IDENTITY = ("model", "folds", "modality", "mirroring", "step_size")
+IDENTITY = ("model", "folds", "modality", "mirroring", "step_size", "postprocessing")
 """Entries of the record that must agree for `resume`."""
 LARGE_CASE_BYTES = 1 << 29
 """From here on cases are read, predicted and written one after the other, so that memory holds one at a time."""
@@ -66,6 +68,8 @@ class PredictRequest:
     save_probabilities: bool = False
     save_uncertainty: bool = False
     """See `Restored.entropy` and `Restored.disagreement`."""
+    postprocessing: tuple[Rule, ...] = ()
+    """Applied to the label maps in this order; probabilities and uncertainty stay as predicted."""
     mirroring: bool = True
     step_size: float = 0.5
     resume: bool = False
@@ -120,6 +124,7 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     device = resolve_device(request.device)
     model = read_model(_model_folder(request), request.folds)
     channels = None if request.modality is None else model.modality(request.modality)
+    check_rules(request.postprocessing, model.schema)
     cases = _cases(request, model, channels)
     chosen = dict(list(cases.items())[request.part_id :: request.num_parts])
     wanted = Wanted(request.save_probabilities, request.save_uncertainty)
@@ -129,7 +134,7 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     window = Window.of(model.plan, request.mirroring, request.step_size)
     predictor = model.load_predictor(window, device, channels)
     todo = {case: files for case, files in chosen.items() if case not in skipped}
-    job = _Job(model, predictor, outputs, wanted, record, channels)
+    job = _Job(model, predictor, outputs, wanted, record, channels, request.postprocessing)
     logger.info("%d cases with %s, fold %s, on %s", len(todo), model.folder, ", ".join(model.folds), device)
     predicted, problems = _predict_all(job, todo, on_progress)
     if problems:
@@ -147,6 +152,7 @@ class _Job:
     record: Mapping[str, Any]
     channels: tuple[int, ...] | None = None
     """Of the modality that is there; None: all."""
+    rules: tuple[Rule, ...] = ()
 
     def prepare(self, case: str, files: Files) -> PreparedCase:
         """Reads and preprocesses; faults name the case."""
@@ -161,6 +167,13 @@ class _Job:
             return prepare_case(image, None, self.model.plans, self.model.run.configuration)
         except InvalidInput as error:
             raise InvalidInput([replace(problem, case=case) for problem in error.problems]) from error
+
+    def finish(self, case: str, restored: Restored, geometry: Geometry) -> None:
+        """Tidies the label map by the rules and writes the case."""
+        if self.rules:
+            tidied = apply_rules(restored.label_map, self.rules, self.model.schema, geometry.spacing_zyx_mm)
+            restored = replace(restored, label_map=tidied)
+        self.outputs.write(case, restored, geometry)
 
     def open_folder(self) -> None:
         """Makes the output folder and says in it what predicts."""
@@ -221,7 +234,7 @@ def _predict_all(
                 continue
             if pending is not None:
                 pending.result()
-            pending = writer.submit(job.outputs.write, case, restored, prepared.properties.geometry)
+            pending = writer.submit(job.finish, case, restored, prepared.properties.geometry)
             del restored, prepared, reading
             if large:
                 pending.result()
@@ -290,6 +303,7 @@ def _record(request: PredictRequest, model: TrainedModel, channels: tuple[int, .
         "mirroring": request.mirroring,
         "mirror_axes": list(model.plan.mirror_axes) if request.mirroring else [],
         "step_size": request.step_size,
+        "postprocessing": [rule.model_dump(mode="json") for rule in request.postprocessing],
         "input_folder": str(Path(request.input).resolve()),
         "dataset": model.run.dataset,
         "split": model.run.split,
@@ -322,7 +336,7 @@ def _check_outputs(
         )
     path = outputs.folder / RECORD_FILE
     before = read_json(path) if path.is_file() else {}
-    before = {"modality": None, **before} if before else before
+    before = {"modality": None, "postprocessing": [], **before} if before else before
     differing = [name for name in IDENTITY if before.get(name, record[name]) != record[name]]
     if differing:
         raise InvalidInput(
