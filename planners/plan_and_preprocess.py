@@ -27,6 +27,7 @@ from autossl.planners.fingerprint import (
     previous_fingerprint,
     write_fingerprint,
 )
+from autossl.planners.grown import PlanBasis, keep_sizes, log_kept, plan_basis, read_basis, write_basis
 from autossl.planners.plan_experiment import PlanOptions, check_options, plan_from_facts
 from autossl.planners.plans import Plans, read_plans, write_plans
 from autossl.preprocessing.preprocess import preprocess_cases
@@ -75,6 +76,8 @@ class PlanRequest:
     """Reads and checks every case again, also those that did not change."""
     remap_labels: tuple[str, ...] = ()
     """OLD=NEW texts; kept with the data set. None given: those of the last time."""
+    replan: bool = False
+    """Makes all sizes anew where labels were added; else they stay, and with them what was preprocessed."""
 
 
 def plan_and_preprocess(request: PlanRequest, on_progress: Progress | None = None) -> PlanResult:
@@ -102,9 +105,11 @@ def plan_and_preprocess(request: PlanRequest, on_progress: Progress | None = Non
         verify = request.verify_dataset_integrity
         fingerprint = extract_fingerprint(raw, orientation, n_workers, verify, previous, scan)
         patients = len({case.patient for case in raw.labeled})
-        plans = plan_from_facts(dataset_facts(fingerprint, raw.description, name, patients), options)
+        fresh = plan_from_facts(dataset_facts(fingerprint, raw.description, name, patients), options)
+        plans, basis = _settle(folder, fresh, fingerprint, request)
         split = load_or_make_split(folder, split_cases(raw), duplicates=fingerprint.duplicates)
     _write(folder, raw, fingerprint, plans)
+    write_basis(plans_file(folder, plans.preset), basis)
     wanted = options.configurations or tuple(plans.configurations)
     data = {}
     if request.preprocess:
@@ -193,6 +198,23 @@ def _write(folder: Path, raw: RawDataset, fingerprint: Fingerprint, plans: Plans
     if path.exists():
         _keep_replaced(path, plans)
     write_plans(path, plans)
+
+
+def _settle(folder: Path, fresh: Plans, fingerprint: Fingerprint, request: PlanRequest) -> tuple[Plans, PlanBasis]:
+    """The plans that hold, and their basis: fresh ones, or those on disk where the data set only got more labels."""
+    options, path = request.options, plans_file(folder, fresh.preset)
+    now, basis = plan_basis(fresh, fingerprint, options), read_basis(path)
+    if request.replan or basis is None or not path.exists():
+        return fresh, now
+    try:
+        old = read_plans(path)
+    except InvalidInput:
+        return fresh, now
+    kept = keep_sizes(fresh, now, old, basis)
+    if kept is None or any(name not in kept.configurations for name in options.configurations or ()):
+        return fresh, now
+    log_kept(kept, _changed_paths(kept.to_json(), fresh.to_json()))
+    return kept, basis.model_copy(update={"plans_hash": kept.hash()})
 
 
 def _keep_replaced(path: Path, plans: Plans) -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Writes fingerprint.json, plans_PRESET.json (every decision with its why) and data/ below preprocessed/DATASET.
-Run it again after adding cases: what is finished is not done again.
+Run it again after adding cases: what is finished is not done again. After adding labels the plan's sizes stay, so that
+preprocessed cases and trained weights stay valid.
 
 example: autossl_plan_and_preprocess -d 4 --preset nano"""
 
@@ -61,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OLD=NEW",
         help="read these label values as others; the raw files stay as they are",
     )
+    parser.add_argument(
+        "--replan",
+        action="store_true",
+        help="after labels were added, plan sizes and normalization anew (preprocesses all cases again)",
+    )
     add_workers(parser, "read and preprocess cases")
     add_workspace(parser)
     return parser
@@ -96,6 +102,7 @@ def _request(arguments: argparse.Namespace) -> PlanRequest:
         n_workers=arguments.num_processes,
         verify_dataset_integrity=arguments.verify_dataset_integrity,
         remap_labels=tuple(arguments.remap_labels),
+        replan=arguments.replan,
     )
 
 
