@@ -67,6 +67,8 @@ class TrainRequest:
     overwrite: bool = False
     num_workers: int | None = None
     compile: bool = False
+    save_probabilities: bool = False
+    """Of the validation cases, beside their label maps; also of folds that are finished."""
 
 
 @dataclass(frozen=True)

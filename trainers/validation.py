@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from autossl.data.files import read_json, write_json
-from autossl.data.image_io import write_label_map
 from autossl.data.runs import CHECKPOINT_FINAL
 from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
+from autossl.evaluation.out_of_fold import VALIDATION_FOLDER, write_missing
 from autossl.inference.checkpoint import read_checkpoint
+from autossl.inference.outputs import OutputFolder
 from autossl.inference.predictor import Predictor, Window
-from autossl.inference.preprocessed import predict_preprocessed
+from autossl.inference.preprocessed import restore_preprocessed
+from autossl.inference.restore import Wanted
 from autossl.networks.prediction import PredictionSpec
 from autossl.trainers.base import SemiSupervisedTrainer
 from autossl.trainers.setup import RunSetup
@@ -47,7 +49,8 @@ def validate_fold(
     """Predicts with the final weights what is not predicted yet, and scores it.
 
     Writes `validation/CASE.<ending>`, `validation/summary.json`, and the same for each alternative prediction in
-    `validation_<name>/`.
+    `validation_<name>/`; where the request saves probabilities, `validation/probabilities/CASE.b2nd` as well, also of a
+    fold that was scored before.
     """
     content = read_checkpoint(folder / CHECKPOINT_FINAL)
     networks, specs = content["networks"], {"": PredictionSpec.from_json(content["prediction"])}
@@ -58,21 +61,24 @@ def validate_fold(
     n_cases = len(setup.folds[fold].validation)
     summaries = {}
     for index, (name, spec) in enumerate(specs.items()):
-        target = folder / (f"validation_{name}" if name else "validation")
-        if not (target / "summary.json").is_file():
+        target = folder / (f"{VALIDATION_FOLDER}_{name}" if name else VALIDATION_FOLDER)
+        wanted = Wanted(probabilities=setup.request.save_probabilities and not name)
+        outputs = OutputFolder(target, setup.description.file_ending, wanted, n_folds=1)
+        scored = (target / "summary.json").is_file()
+        if not scored or (wanted.probabilities and not all(map(outputs.is_complete, setup.folds[fold].validation))):
             predictor = _predictor(setup, spec, networks)
             for done, case in enumerate(setup.folds[fold].validation, 1):
-                path = target / f"{case}{setup.description.file_ending}"
-                if not path.is_file():
-                    label_map, geometry = predict_preprocessed(predictor, setup.store, case, setup.plans, setup.schema)
-                    write_label_map(path, label_map, geometry)
+                if not outputs.is_complete(case):
+                    stored = (setup.store, case, setup.plans, setup.schema)
+                    write_missing(outputs, case, *restore_preprocessed(predictor, *stored, wanted))
                 if on_case is not None:
                     on_case(index * n_cases + done, len(specs) * n_cases, case)
+        if not scored:
             _score(setup, fold, target)
         summaries[name] = read_json(target / "summary.json")
     deployed = summaries.pop("")
     return ValidationResult(
-        summary=folder / "validation" / "summary.json",
+        summary=folder / VALIDATION_FOLDER / "summary.json",
         dice={name: entry["mean"]["dice"] for name, entry in deployed["classes"].items()},
         mean_dice=deployed["foreground_mean"]["dice"],
         alternatives={name: summary["foreground_mean"]["dice"] for name, summary in summaries.items()},

@@ -101,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="loader processes per fold; 0: none (default: by the cores)",
     )
+    parser.add_argument(
+        "--save_probabilities",
+        action="store_true",
+        help="of the validation cases, for ensembles and selection; finished folds get them without training",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the network (worth it on CUDA)")
     add_device(parser)
     add_workspace(parser)
@@ -147,6 +152,7 @@ def _request(arguments: argparse.Namespace) -> TrainRequest:
         overwrite=arguments.overwrite,
         num_workers=arguments.num_workers,
         compile=arguments.compile,
+        save_probabilities=arguments.save_probabilities,
     )
 
 

@@ -36,7 +36,7 @@ def test_every_training_option_arrives() -> None:
     options = (
         "Hippocampus 3d_fullres 0 3 -m mean_teacher --preset nano --steps 70 --labeled 0.20 --draw 2 --seed 5 "
         "--device cpu --set noise=0.2 ramp_end=0.5 --set infer=teacher --tag T --init w.pth --resume --num_workers 0 "
-        "--compile --workspace W"
+        "--compile --save_probabilities --workspace W"
     )
     assert train_request(*options.split()) == TrainRequest(
         dataset="Hippocampus",
@@ -56,6 +56,7 @@ def test_every_training_option_arrives() -> None:
         resume=True,
         num_workers=0,
         compile=True,
+        save_probabilities=True,
     )
     hours = train_request("4", "2d", "all_folds", "--hours", "1.5", "--overwrite")
     assert (hours.hours, hours.overwrite, hours.folds) == (1.5, True, ("all_folds",))

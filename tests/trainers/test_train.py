@@ -17,7 +17,10 @@ import pytest
 import torch
 
 import autossl.trainers.train as behind_training
+from autossl.data.image_io import read_label
+from autossl.data.labels import LabelSchema
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
+from autossl.data.probabilities import labels_of, probabilities_file, read_probabilities
 from autossl.data.problems import InvalidInput
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
@@ -88,6 +91,23 @@ def test_a_finished_run_is_not_trained_again(workspace: Workspace) -> None:
     assert (first.folds[0].trained_now, second.folds[0].trained_now) == (True, False)
     assert (second.folds[0].folder / "checkpoint_final.pth").stat().st_mtime_ns == weights
     assert second.folds[0].validation == first.folds[0].validation
+
+
+def test_a_finished_fold_gets_its_probabilities_without_training(workspace: Workspace) -> None:
+    first = train(request(workspace))
+    (fold,) = first.folds
+    assert not any((fold.folder / "validation").glob("probabilities/*"))
+    before = {path: path.stat().st_mtime_ns for path in fold.folder.rglob("*") if path.is_file()}
+    second = train(request(workspace, save_probabilities=True))
+    assert not second.folds[0].trained_now
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    cases = first.spec.folds["0"].validation
+    schema = LabelSchema({"background": (0,), "capsule": (1,), "core": (2,)})
+    for case in cases:
+        label_map, _, _ = read_label(fold.folder / "validation" / f"{case}.nii.gz", "native")
+        probabilities = read_probabilities(probabilities_file(fold.folder / "validation", case))
+        np.testing.assert_array_equal(labels_of(probabilities, schema), label_map)
+    assert train(request(workspace, save_probabilities=True)).folds[0].validation == second.folds[0].validation
 
 
 def test_seed_decides_all_bits_whatever_the_number_of_workers(workspace: Workspace) -> None:
