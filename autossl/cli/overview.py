@@ -10,7 +10,7 @@ from autossl.version import __version__
 COMMANDS = {
     "autossl_plan_and_preprocess": "Measure a dataset, plan its configurations, and preprocess its cases.",
     "autossl_train": "Train a method on folds of a planned dataset.",
-    "autossl_predict": "Segment a folder of images with a trained run.",
+    "autossl_predict": "Segment a folder of images with a trained run, or with the ensemble that was chosen.",
     "autossl_evaluate": "Score a folder of segmentations against references.",
     "autossl_methods": "List the training methods, or show one with its settings.",
     "autossl_benchmark": "Compare methods with their supervised twin, and train what is missing for that.",

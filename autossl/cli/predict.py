@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from autossl.inference.predict import PredictProgress, PredictRequest
 
 EPILOG = """\
-Of the dataset's runs exactly one must fit the options; otherwise they are listed.
+-d alone predicts by the dataset's inference plan (autossl_find_best_configuration); where several splits have one,
+--labeled and --draw say which. With -c -m --preset --seed --tag or -f one run predicts: exactly one must fit, otherwise
+they are listed.
 --modality: for models with a network that sees one modality alone (semi_cml; supervised with --set channels=NAME).
 --save_uncertainty: entropy of the mean probabilities, and the disagreement of several folds, as NIfTI.
 
-example: autossl_predict -i IMAGES -o SEGMENTATIONS -d 4 -c 3d_fullres -m mean_teacher"""
+examples:
+  autossl_predict -i IMAGES -o SEGMENTATIONS -d 4
+  autossl_predict -i IMAGES -o SEGMENTATIONS -d 4 -c 3d_fullres -m mean_teacher"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model", type=Path, metavar="FOLDER", help="the folder that holds fold_0, instead of a dataset"
     )
-    run = parser.add_argument_group("which run of the dataset")
+    run = parser.add_argument_group("which run of the dataset, instead of its inference plan")
     run.add_argument("-c", "--configuration", metavar="C", help="2d, 3d_fullres or 3d_lowres")
     run.add_argument("-m", "--method", metavar="METHOD", help="see autossl_methods")
     run.add_argument("--preset", metavar="P", help="of its plans")
@@ -80,7 +84,10 @@ def _predict(arguments: argparse.Namespace) -> None:
 
         result = predict(_request(arguments), show)
     already = f", {len(result.skipped)} were there" if result.skipped else ""
-    print(f"run: {result.model}, fold {', '.join(result.folds)}")
+    if result.plan is not None:
+        print(f"inference plan: {result.plan}")
+    for folder, folds in result.members:
+        print(f"run: {folder}, fold {', '.join(folds)}")
     print(f"{len(result.predicted)} cases predicted{already}: {result.output}")
 
 

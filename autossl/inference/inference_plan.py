@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from autossl.data.files import read_json, write_json
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.provenance import Written
-from autossl.data.runs import RunFilter
+from autossl.data.runs import RunFilter, find_runs
 from autossl.data.workspace import Workspace
+from autossl.inference.postprocess import Rule
 
 INFERENCE_PLAN_FILE = "inference_plan.json"
 MAKE_ONE = "autossl_find_best_configuration"
@@ -46,8 +49,6 @@ class LabelBudget(_Schema):
 
     n_cases: int
     n_patients: int
-    draw: int | None = None
-    """Of a drawn budget; None: all labeled cases."""
 
 
 class InferencePlan(_Schema):
@@ -58,8 +59,8 @@ class InferencePlan(_Schema):
     members: tuple[PlanMember, ...] = Field(min_length=1)
     combine: Literal["single", "mean_probabilities"]
     """"single": one member, its logits decide; "mean_probabilities": the mean of the members' probabilities does."""
-    postprocessing: tuple[dict[str, Any], ...] = ()
-    """Rules as `autossl.evaluation.postprocessing.Rule`, applied in this order."""
+    postprocessing: tuple[Rule, ...] = ()
+    """Applied to the label maps, in this order."""
     why: str
     """In sentences, for the user."""
     labels: LabelBudget
@@ -99,7 +100,42 @@ def read_inference_plan(path: Path) -> InferencePlan:
         raise InvalidInput(Problem(faults, wanted, f"make it again with {MAKE_ONE}", file=path)) from error
 
 
-def find_inference_plans(workspace: Workspace, dataset: str, wanted: RunFilter | None = None) -> list[Path]:
-    """Plans of the dataset's splits that fit a filter's budget, draw and split; sorted by split."""
-    paths = sorted(workspace.results_folder(dataset).glob(f"*/{INFERENCE_PLAN_FILE}"))
-    return [path for path in paths if wanted is None or wanted.accepts_split(path.parent.name)]
+def set_postprocessing(path: Path, rules: Sequence[Rule]) -> InferencePlan:
+    """Puts rules into an inference plan, in place of those it has; the file is written where that changes it.
+
+    Raises:
+        InvalidInput: as `read_inference_plan`.
+    """
+    plan = read_inference_plan(path)
+    if plan.postprocessing != tuple(rules):
+        plan = plan.model_copy(update={"postprocessing": tuple(rules), "written": Written.now()})
+        write_inference_plan(path, plan)
+    return plan
+
+
+def choose_inference_plan(workspace: Workspace, dataset: str, wanted: RunFilter) -> Path | None:
+    """The inference plan of a request that says at most which split.
+
+    Returns:
+        None where the request chooses among runs, or there is no plan and no more than one run to choose from.
+
+    Raises:
+        InvalidInput: several plans fit, with the list; or none, and several runs.
+    """
+    if replace(wanted, labeled=None, draw=None, split=None) != RunFilter():
+        return None
+    plans = sorted(workspace.results_folder(dataset).glob(f"*/{INFERENCE_PLAN_FILE}"))
+    fitting = [path for path in plans if wanted.accepts_split(path.parent.name)]
+    if len(fitting) > 1:
+        listed = "".join(f"\n    {path}" for path in fitting)
+        found, expected = f"{len(fitting)} inference plans of {dataset} fit ({wanted}):{listed}\n  ", "exactly one"
+        raise InvalidInput(Problem(found, expected, "say which with --labeled and --draw ('--labeled all': no budget)"))
+    if fitting:
+        return fitting[0]
+    runs = find_runs(workspace, dataset, wanted)
+    if len(runs) > 1:
+        listed = "".join(f"\n    {run}" for run in runs)
+        found = f"no inference plan of {dataset} fits, and {len(runs)} runs do ({wanted}):{listed}\n  "
+        fix = f"make a plan of a split with {MAKE_ONE}, or name a run with -c -m --preset --labeled --draw --seed --tag"
+        raise InvalidInput(Problem(found, "an inference plan, or exactly one run", fix))
+    return None

@@ -1,4 +1,4 @@
-"""Predicts a folder of images with a trained run: the function behind `autossl_predict`.
+"""Predicts a folder of images with a run, or with the runs of an inference plan: the function behind `autossl_predict`.
 
 Everything that can be wrong with the request is checked before the first image is predicted. Reading the next case and
 writing the last one go on beside the network in threads of this process; weights are loaded once.
@@ -14,33 +14,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from autossl.data.case_files import case_files, modality_files
 from autossl.data.files import read_json, write_json
 from autossl.data.geometry import Geometry
-from autossl.data.image_io import LoadedImage, read_image
 from autossl.data.prepared import PreparedCase
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter, choose_run
 from autossl.data.workspace import Workspace
-from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE, TrainedModel, read_model
+from autossl.inference.final_model import FinalModel, LoadedModel, planned_model
+from autossl.inference.inference_plan import choose_inference_plan, read_inference_plan
+from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE, read_model
 from autossl.inference.outputs import OutputFolder
 from autossl.inference.postprocess import Rule, apply_rules, check_rules
-from autossl.inference.predictor import Predictor, Window
-from autossl.inference.preprocessed import predict_image
 from autossl.inference.restore import Restored, Wanted
 from autossl.networks.device import resolve_device
 from autossl.planners.plans import write_plans
-from autossl.preprocessing.prepare import prepare_case
 from autossl.version import __version__
 
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "prediction.json"
-IDENTITY = ("model", "folds", "modality", "mirroring", "step_size", "postprocessing")
-"""Entries of the record that must agree for `resume`."""
 LARGE_CASE_BYTES = 1 << 29
 """From here on cases are read, predicted and written one after the other, so that memory holds one at a time."""
 
@@ -56,12 +51,13 @@ class PredictRequest:
     output: Path
     dataset: str | None = None
     run: RunFilter = field(default_factory=RunFilter)
-    """Which of the dataset's runs; exactly one must fit."""
+    """Which of the dataset's runs; exactly one must fit. Where this says no more than the split, the split's inference
+    plan predicts (see `choose_inference_plan`)."""
     workspace: Path | None = None
     model: Path | None = None
     """The folder that holds fold_k, instead of a dataset."""
     folds: tuple[str, ...] | None = None
-    """None: all finished integer folds."""
+    """None: all finished integer folds, or those of the inference plan. Given, one run predicts."""
     modality: str | None = None
     """A channel or channel group of dataset.json to predict from alone; None: as deployed, all channels must be there.
     `input` needs its files only."""
@@ -69,7 +65,8 @@ class PredictRequest:
     save_uncertainty: bool = False
     """See `Restored.entropy` and `Restored.disagreement`."""
     postprocessing: tuple[Rule, ...] = ()
-    """Applied to the label maps in this order; probabilities and uncertainty stay as predicted."""
+    """Applied to the label maps in this order, after the rules of an inference plan; probabilities and uncertainty
+    stay as predicted."""
     mirroring: bool = True
     step_size: float = 0.5
     resume: bool = False
@@ -86,13 +83,25 @@ class PredictRequest:
 class PredictResult:
     """What was done."""
 
-    model: Path
-    folds: tuple[str, ...]
+    members: tuple[tuple[Path, tuple[str, ...]], ...]
+    """Folder and folds of each run; several where an ensemble predicted."""
+    plan: Path | None
+    """The inference plan that named them."""
     output: Path
     predicted: tuple[str, ...]
     """Cases, in the order of prediction."""
     skipped: tuple[str, ...]
     """Cases whose results were there (`resume`)."""
+
+    @property
+    def model(self) -> Path:
+        """Folder of the (first) run."""
+        return self.members[0][0]
+
+    @property
+    def folds(self) -> tuple[str, ...]:
+        """Of the (first) run."""
+        return self.members[0][1]
 
 
 @dataclass(frozen=True)
@@ -122,78 +131,68 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     """
     _check_request(request)
     device = resolve_device(request.device)
-    model = read_model(_model_folder(request), request.folds)
+    chosen_model = _choose_model(request)
+    model = chosen_model.model
     channels = None if request.modality is None else model.modality(request.modality)
-    check_rules(request.postprocessing, model.schema)
+    check_rules(chosen_model.rules, model.first.schema)
     cases = _cases(request, model, channels)
     chosen = dict(list(cases.items())[request.part_id :: request.num_parts])
     wanted = Wanted(request.save_probabilities, request.save_uncertainty)
-    outputs = OutputFolder(request.output, model.description.file_ending, wanted, len(model.folds))
-    record = _record(request, model, channels)
+    outputs = OutputFolder(request.output, model.first.description.file_ending, wanted, model.n_voters)
+    record = _record(request, chosen_model, channels)
     skipped = _check_outputs(request, outputs, chosen, record)
-    window = Window.of(model.plan, request.mirroring, request.step_size)
-    predictor = model.load_predictor(window, device, channels)
+    loaded = model.load(device, request.mirroring, request.step_size, channels)
     todo = {case: files for case, files in chosen.items() if case not in skipped}
-    job = _Job(model, predictor, outputs, wanted, record, channels, request.postprocessing)
-    logger.info("%d cases with %s, fold %s, on %s", len(todo), model.folder, ", ".join(model.folds), device)
+    job = _Job(loaded, outputs, wanted, record, chosen_model.rules)
+    members = tuple((member.folder, member.folds) for member in model.members)
+    named = " and ".join(f"{folder}, fold {', '.join(folds)}" for folder, folds in members)
+    logger.info("%d cases with %s, on %s", len(todo), named, device)
     predicted, problems = _predict_all(job, todo, on_progress)
     if problems:
         title = f"{len(todo) - len(predicted)} of {len(todo)} cases could not be predicted; the others are done:"
         raise InvalidInput(problems, title=title)
-    return PredictResult(model.folder, model.folds, request.output, tuple(predicted), tuple(skipped))
+    return PredictResult(members, chosen_model.plan, request.output, tuple(predicted), tuple(skipped))
+
+
+@dataclass(frozen=True)
+class _ChosenModel:
+    """What a request names."""
+
+    model: FinalModel
+    rules: tuple[Rule, ...]
+    plan: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Job:
-    model: TrainedModel
-    predictor: Predictor
+    loaded: LoadedModel
     outputs: OutputFolder
     wanted: Wanted
     record: Mapping[str, Any]
-    channels: tuple[int, ...] | None = None
-    """Of the modality that is there; None: all."""
     rules: tuple[Rule, ...] = ()
-
-    def prepare(self, case: str, files: Files) -> PreparedCase:
-        """Reads and preprocesses; faults name the case."""
-        try:
-            image = read_image(files, self.model.plans.orientation)
-            n_channels = self.model.plan.n_channels if self.channels is None else len(self.channels)
-            if len(image.array) != n_channels:
-                found, fix = f"{len(image.array)} channels", "give images as the model was trained on"
-                raise InvalidInput(Problem(found, f"{n_channels}", fix, file=files[0]))
-            if self.channels is not None:
-                image = _with_empty_channels(image, self.channels, self.model.plan.n_channels)
-            return prepare_case(image, None, self.model.plans, self.model.run.configuration)
-        except InvalidInput as error:
-            raise InvalidInput([replace(problem, case=case) for problem in error.problems]) from error
 
     def finish(self, case: str, restored: Restored, geometry: Geometry) -> None:
         """Tidies the label map by the rules and writes the case."""
         if self.rules:
-            tidied = apply_rules(restored.label_map, self.rules, self.model.schema, geometry.spacing_zyx_mm)
+            tidied = apply_rules(
+                restored.label_map, self.rules, self.loaded.model.first.schema, geometry.spacing_zyx_mm
+            )
             restored = replace(restored, label_map=tidied)
         self.outputs.write(case, restored, geometry)
 
     def open_folder(self) -> None:
         """Makes the output folder and says in it what predicts."""
-        folder = self.outputs.folder
+        folder, first = self.outputs.folder, self.loaded.model.first
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / DESCRIPTION_FILE, self.model.description.to_json())
-        write_plans(folder / PLANS_FILE, self.model.plans)
+        write_json(folder / DESCRIPTION_FILE, first.description.to_json())
+        write_plans(folder / PLANS_FILE, first.plans)
         write_json(folder / RECORD_FILE, dict(self.record))
 
 
-def _with_empty_channels(image: LoadedImage, channels: tuple[int, ...], n_channels: int) -> LoadedImage:
-    """The image with its channels in their places and zeros in the others, which no network will look at."""
-    array = np.zeros((n_channels, *image.array.shape[1:]), dtype=np.float32)
-    array[list(channels)] = image.array
-    return replace(image, array=array)
-
-
-def _cases(request: PredictRequest, model: TrainedModel, channels: tuple[int, ...] | None) -> dict[str, Files]:
+def _cases(request: PredictRequest, model: FinalModel, channels: tuple[int, ...] | None) -> dict[str, Files]:
     """The files of each case; where channels are missing and the model could do without them, the error says so."""
-    ending, n_channels = model.description.file_ending, model.plan.n_channels
+    first = model.first
+    ending, n_channels = first.description.file_ending, first.plan.n_channels
     if channels is not None:
         return modality_files(request.input, ending, channels)
     try:
@@ -202,7 +201,7 @@ def _cases(request: PredictRequest, model: TrainedModel, channels: tuple[int, ..
         alone = [found for found in model.separate_modalities() if len(found) < n_channels] if n_channels > 1 else []
         if not alone or not any("missing" in problem.found for problem in error.problems):
             raise
-        names = model.description.channels.listed(sorted(found) for found in alone)
+        names = first.description.channels.listed(sorted(found) for found in alone)
         hint = f"; or predict from one modality alone with --modality: {names}"
         raise InvalidInput([replace(problem, fix=problem.fix + hint) for problem in error.problems]) from error
 
@@ -216,15 +215,15 @@ def _predict_all(
     names = list(todo)
     reader, writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     pending: Future[None] | None = None
-    upcoming: Future[PreparedCase] | None = None
+    upcoming: Future[tuple[PreparedCase, ...]] | None = None
     try:
         for index, case in enumerate(names):
-            reading = upcoming or reader.submit(job.prepare, case, todo[case])
+            reading = upcoming or reader.submit(job.loaded.prepare, case, todo[case])
             upcoming, following = None, names[index + 1 : index + 2]
             try:
                 prepared = reading.result()
-                large = prepared.image.nbytes > LARGE_CASE_BYTES
-                upcoming = next((reader.submit(job.prepare, n, todo[n]) for n in following if not large), None)
+                large = sum(one.image.nbytes for one in prepared) > LARGE_CASE_BYTES
+                upcoming = next((reader.submit(job.loaded.prepare, n, todo[n]) for n in following if not large), None)
                 if not predicted:
                     job.open_folder()
                 restored = _predict_one(job, prepared, PredictProgress(case, index, len(names), 0.0), on_progress)
@@ -234,7 +233,7 @@ def _predict_all(
                 continue
             if pending is not None:
                 pending.result()
-            pending = writer.submit(job.finish, case, restored, prepared.properties.geometry)
+            pending = writer.submit(job.finish, case, restored, prepared[0].properties.geometry)
             del restored, prepared, reading
             if large:
                 pending.result()
@@ -248,15 +247,14 @@ def _predict_all(
 
 
 def _predict_one(
-    job: _Job, prepared: PreparedCase, progress: PredictProgress, on_progress: OnProgress | None
+    job: _Job, prepared: tuple[PreparedCase, ...], progress: PredictProgress, on_progress: OnProgress | None
 ) -> Restored:
     def on_share(share: float) -> None:
         if on_progress is not None:
             on_progress(replace(progress, share=share))
 
     on_share(0.0)
-    schema = job.model.schema
-    restored = predict_image(job.predictor, prepared.image, prepared.properties, schema, job.wanted, on_share)
+    restored = job.loaded.predict(prepared, job.wanted, on_share)
     on_share(1.0)
     return restored
 
@@ -286,33 +284,46 @@ def _check_request(request: PredictRequest) -> None:
         raise InvalidInput(problems)
 
 
-def _model_folder(request: PredictRequest) -> Path:
-    if request.model is not None:
-        return Path(request.model)
-    workspace = Workspace.locate(request.workspace)
-    dataset = workspace.find_dataset(request.dataset or "")
-    return choose_run(workspace, dataset, request.run).folder
+def _choose_model(request: PredictRequest) -> _ChosenModel:
+    """The run, or the runs and rules of an inference plan."""
+    folder, rules = request.model, request.postprocessing
+    if folder is None:
+        workspace = Workspace.locate(request.workspace)
+        dataset = workspace.find_dataset(request.dataset or "")
+        path = choose_inference_plan(workspace, dataset, request.run) if request.folds is None else None
+        if path is not None:
+            plan = read_inference_plan(path)
+            return _ChosenModel(planned_model(workspace, plan, path), (*plan.postprocessing, *rules), path)
+        folder = choose_run(workspace, dataset, request.run).folder
+    return _ChosenModel(FinalModel((read_model(Path(folder), request.folds),)), rules)
 
 
-def _record(request: PredictRequest, model: TrainedModel, channels: tuple[int, ...] | None) -> dict[str, Any]:
+def _record(request: PredictRequest, chosen: _ChosenModel, channels: tuple[int, ...] | None) -> dict[str, Any]:
     """What is written to prediction.json."""
+    first = chosen.model.first
     return {
-        "model": str(model.folder.resolve()),
-        "folds": list(model.folds),
-        "modality": None if channels is None else model.description.channels.name_of(channels),
+        "inference_plan": None if chosen.plan is None else str(chosen.plan.resolve()),
+        "members": [
+            {
+                "model": str(member.folder.resolve()),
+                "folds": list(member.folds),
+                "split": member.run.split,
+                "configuration": member.run.configuration,
+                "preset": member.run.preset,
+                "method": member.run.method,
+                "tag": member.run.tag,
+                "seed": member.run.seed,
+                "total_steps": member.run.total_steps,
+                "mirror_axes": list(member.plan.mirror_axes) if request.mirroring else [],
+            }
+            for member in chosen.model.members
+        ],
+        "modality": None if channels is None else first.description.channels.name_of(channels),
         "mirroring": request.mirroring,
-        "mirror_axes": list(model.plan.mirror_axes) if request.mirroring else [],
         "step_size": request.step_size,
-        "postprocessing": [rule.model_dump(mode="json") for rule in request.postprocessing],
+        "postprocessing": [rule.model_dump(mode="json") for rule in chosen.rules],
         "input_folder": str(Path(request.input).resolve()),
-        "dataset": model.run.dataset,
-        "split": model.run.split,
-        "configuration": model.run.configuration,
-        "preset": model.run.preset,
-        "method": model.run.method,
-        "tag": model.run.tag,
-        "seed": model.run.seed,
-        "total_steps": model.run.total_steps,
+        "dataset": first.run.dataset,
         "versions": {"autossl": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
@@ -335,14 +346,14 @@ def _check_outputs(
             )
         )
     path = outputs.folder / RECORD_FILE
-    before = read_json(path) if path.is_file() else {}
-    before = {"modality": None, "postprocessing": [], **before} if before else before
-    differing = [name for name in IDENTITY if before.get(name, record[name]) != record[name]]
+    now = _identity(record)
+    before = _identity(read_json(path)) if path.is_file() else now
+    differing = [name for name in now if before[name] != now[name]]
     if differing:
         raise InvalidInput(
             [
                 Problem(
-                    f"{name} was {before[name]!r}, now it is {record[name]!r}",
+                    f"{name} was {before[name]!r}, now it is {now[name]!r}",
                     "the same for all cases of a folder",
                     "repeat the options of before, replace all with --overwrite, or choose another folder",
                     file=path,
@@ -351,3 +362,14 @@ def _check_outputs(
             ]
         )
     return [case for case in there if outputs.is_complete(case)]
+
+
+def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree for `resume`; records of one run once held it without a list of members."""
+    return {
+        "runs": [f"{run['model']}, fold {', '.join(run['folds'])}" for run in record.get("members", [record])],
+        "modality": record.get("modality"),
+        "mirroring": record["mirroring"],
+        "step_size": record["step_size"],
+        "postprocessing": record.get("postprocessing", []),
+    }

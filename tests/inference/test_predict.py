@@ -60,8 +60,8 @@ def test_label_maps_have_the_images_own_geometry(request_of: Callable[..., Predi
         assert array.dtype == np.uint8
         assert np.all(array == 5)  # output 2 is the label 5
     record = json.loads((request.output / "prediction.json").read_text())
-    assert record["folds"] == ["0"]
-    assert record["mirror_axes"] == [0]
+    assert [run["folds"] for run in record["members"]] == [["0"]]
+    assert record["members"][0]["mirror_axes"] == [0]
     assert {path.name for path in request.output.iterdir()} == {
         "a.nii.gz", "b.nii.gz", "prediction.json", "plans.json", "dataset.json",
     }  # fmt: skip
