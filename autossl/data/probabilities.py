@@ -6,6 +6,9 @@
 Arrays are in stored order: they lie on `read_label(label_map, "native")` voxel by voxel, whatever orientation a model
 works in. K are the outputs of `LabelSchema`: background and classes, or regions. The rounding error is at most 1/510,
 and what `labels_of` decides from the bytes is what was decided before (see `quantize`).
+
+Measured on four hippocampus cases: 0.08 to 0.11 bytes per value in 1.5 ms per 160 000 values; 16 bits take 0.67 bytes,
+because the noise of probabilities near 0 is kept as well, and LZ4HC 2 takes 0.11 in 2 ms.
 """
 
 from __future__ import annotations
