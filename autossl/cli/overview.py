@@ -12,6 +12,7 @@ COMMANDS = {
     "autossl_train": "Train a method on folds of a planned dataset.",
     "autossl_predict": "Segment a folder of images with a trained run, or with the ensemble that was chosen.",
     "autossl_evaluate": "Score a folder of segmentations against references.",
+    "autossl_label_next": "Rank the unlabeled cases that are worth labeling next, with the reasons.",
     "autossl_methods": "List the training methods, or show one with its settings.",
     "autossl_benchmark": "Compare methods with their supervised twin, and train what is missing for that.",
     "autossl_demo": "Run everything on a small made-up dataset, in a few minutes.",
