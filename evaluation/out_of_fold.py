@@ -155,15 +155,15 @@ def write_missing(outputs: OutputFolder, case: str, restored: Restored, geometry
 
 
 def _unfinished(run: FoundRun, n_folds: int) -> list[Problem]:
-    states = {str(number): run.states.get(str(number), "absent") for number in range(n_folds)}
+    """At most one problem, which names all folds."""
+    there = run.states
+    states = {str(number): there.get(str(number), "absent") for number in range(n_folds)}
+    found = ", ".join(f"fold {fold} is {state}" for fold, state in states.items() if state != "finished")
+    if n_folds and not found:
+        return []
     expected = f"all {n_folds} folds of split {run.spec.split} finished" if n_folds else "a split with folds"
-    fix = f"train it with autossl_train -m {run.spec.method} --resume and the other options of this run"
-    problems = [
-        Problem(f"fold {fold} is {state}", expected, fix, file=run.folder)
-        for fold, state in states.items()
-        if state != "finished"
-    ]
-    return problems if n_folds else [Problem("the split has no folds", expected, "label cases of 2 patients or more")]
+    fix = f"train them with autossl_train -m {run.spec.method} --resume and the other options of this run"
+    return [Problem(found or "the split has no folds", expected, fix, file=run.folder)]
 
 
 def _store(workspace: Workspace, model: TrainedModel) -> CaseStore:
