@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -288,25 +288,20 @@ def _evidence(case: str, maps: Sequence[LabelMap], run_of_map: Sequence[str], po
 
 
 def _labeled_pool(pool: _Pool) -> LabeledPool:
-    cases = pool.split.everything.labeled
+    known = pool.fingerprint.of_pool("labeled")
+    cases = tuple(case for case in pool.split.everything.labeled if case in known)
     statistics = budget_statistics(pool.fingerprint, list(cases), pool.schema)
     patients = {case.id: case.patient for case in pool.raw.cases}
     return LabeledPool(
         cases=cases,
-        patients=frozenset(patients[case] for case in cases),
-        features=tuple(
-            appearance(entry, list(_labeled_volumes(entry, pool.schema))) for entry in _entries(pool, cases)
-        ),
+        patients=frozenset(patients.get(case, case) for case in cases),
+        features=tuple(appearance(known[case], _labeled_volumes(known[case], pool.schema)) for case in cases),
         median_volumes={name: found.volume_median for name, found in statistics.classes.items()},
     )
 
 
-def _entries(pool: _Pool, cases: Sequence[str]) -> Iterator[CaseFingerprint]:
-    yield from (pool.fingerprint.cases[case] for case in cases)
-
-
-def _labeled_volumes(entry: CaseFingerprint, schema: LabelSchema) -> Iterator[float]:
-    yield from (entry.class_voxels[name] * voxel_volume(entry) for name in schema.foreground)
+def _labeled_volumes(entry: CaseFingerprint, schema: LabelSchema) -> list[float]:
+    return [entry.class_voxels[name] * voxel_volume(entry) for name in schema.foreground]
 
 
 def _to_json(dataset: str, pool: _Pool, result: LabelNextResult) -> dict[str, Any]:

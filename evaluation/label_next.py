@@ -97,7 +97,7 @@ class RankedCase:
 
 
 def class_disagreement(label_maps: Sequence[LabelMap], schema: LabelSchema) -> dict[str, float]:
-    """Class → mean of 1 - Dice over all pairs of label maps [z,y,x] in which at least one shows it; NaN where none does.
+    """Class → mean of 1 - Dice over the pairs of label maps [z,y,x] of which one or both show it; NaN where none does.
 
     Raises:
         ValueError: fewer than two label maps, or of different shapes.
@@ -303,7 +303,7 @@ def _pairwise(ours: FloatArray, theirs: FloatArray) -> FloatArray:
 
 
 def _ratio(to_labeled: FloatArray, among_labeled: FloatArray) -> FloatArray:
-    """Distance to the nearest labeled case over the median of the same among the labeled ones; 1 where none is known."""
+    """Distance to the nearest labeled case over the median of the same among these; 1 where none is known."""
     if not to_labeled.shape[1]:
         return np.ones(len(to_labeled))
     nearest = to_labeled.min(axis=1)

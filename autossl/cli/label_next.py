@@ -80,9 +80,8 @@ def _print_result(result: LabelNextResult) -> None:
     chosen = [case for case in result.ranked if case.rank is not None]
     rows = [[case.case, str(case.rank), f"{case.score:.2f}", "; ".join(case.reasons)] for case in chosen]
     networks = sum(len(folds) for folds in result.models.values())
-    title = (
-        f"{len(chosen)} of {len(result.ranked)} unlabeled cases, by {networks} networks of {len(result.models)} runs"
-    )
+    voters = f"{networks} networks of {len(result.models)} runs"
+    title = f"{len(chosen)} of {len(result.ranked)} unlabeled cases, by {voters}"
     print_table(["case", "rank", "score", "because"], rows, title=title)
     for case, why in result.left_out.items():
         print(f"left out: {case} ({why})")
