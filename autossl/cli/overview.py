@@ -10,7 +10,9 @@ from autossl.version import __version__
 COMMANDS = {
     "autossl_plan_and_preprocess": "Measure a dataset, plan its configurations, and preprocess its cases.",
     "autossl_train": "Train a method on folds of a planned dataset.",
+    "autossl_find_best_configuration": "Choose the final model among trained runs and their ensembles.",
     "autossl_predict": "Segment a folder of images with a trained run, or with the ensemble that was chosen.",
+    "autossl_ensemble": "Average the probabilities of several folders of segmentations.",
     "autossl_evaluate": "Score a folder of segmentations against references.",
     "autossl_label_next": "Rank the unlabeled cases that are worth labeling next, with the reasons.",
     "autossl_methods": "List the training methods, or show one with its settings.",

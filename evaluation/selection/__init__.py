@@ -1,0 +1,1 @@
+"""Which of the trained runs, or which two of them together, become the final model."""
