@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save_probabilities", action="store_true", help="write probabilities/CASE.b2nd as well")
     parser.add_argument("--save_uncertainty", action="store_true", help="write entropy and disagreement as well")
+    parser.add_argument(
+        "--postprocessing",
+        type=Path,
+        metavar="FILE",
+        help="apply the rules of a postprocessing.json, after those of the inference plan where one is used",
+    )
     parser.add_argument("--no_mirroring", action="store_true", help="faster, slightly less accurate")
     parser.add_argument(
         "--step_size", type=share, default=0.5, metavar="S", help="of the window, in its own size (default: 0.5)"
@@ -93,8 +99,10 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _request(arguments: argparse.Namespace) -> PredictRequest:
     from autossl.data.runs import RunFilter
+    from autossl.inference.postprocessing_plan import read_postprocessing
     from autossl.inference.predict import PredictRequest
 
+    file = arguments.postprocessing
     return PredictRequest(
         input=arguments.input,
         output=arguments.output,
@@ -114,6 +122,7 @@ def _request(arguments: argparse.Namespace) -> PredictRequest:
         modality=arguments.modality,
         save_probabilities=arguments.save_probabilities,
         save_uncertainty=arguments.save_uncertainty,
+        postprocessing=() if file is None else read_postprocessing(file).rules,
         mirroring=not arguments.no_mirroring,
         step_size=arguments.step_size,
         resume=arguments.resume,
