@@ -19,15 +19,20 @@ from autossl.data.image_io import FILE_ENDINGS, file_ending_of, read_label
 from autossl.data.integrity import remap_label_map
 from autossl.data.labels import LabelSchema
 from autossl.data.parallel import parallel_map
+from autossl.data.probabilities import probabilities_file
 from autossl.data.problems import InvalidInput, Problem
-from autossl.evaluation.metrics import ClassScores, mean_of_defined, score_case, undeclared_values
+from autossl.evaluation.case_scores import Scoring, Voxel, score_all
+from autossl.evaluation.metrics import ClassScores, mean_of_defined, undeclared_values
+from autossl.evaluation.surfaces import DEFAULT_TOLERANCE, Convention
 
 logger = logging.getLogger(__name__)
 
 EMPTY_MASK_RULE = (
     "prediction and reference both empty: metric undefined (null), left out of the means and counted (n_both_empty); "
-    "only the reference empty: Dice and IoU 0, relative volume error undefined (n_false_alarm); "
-    "only the prediction empty: Dice and IoU 0, relative volume error -1 (n_missed); "
+    "only the reference empty: Dice, IoU, NSD and lesion F1 0, relative volume error, HD95 and ASSD undefined "
+    "(n_false_alarm); "
+    "only the prediction empty: Dice, IoU, NSD and lesion F1 0, relative volume error -1, HD95 and ASSD undefined "
+    "(n_missed); "
     "voxels with the ignore label in the reference count nowhere"
 )
 SIDE_MAP_SUFFIXES = ("_entropy", "_disagreement")
@@ -57,6 +62,8 @@ class Evaluation:
     """Case id → class name → scores, sorted by case id."""
     without_prediction: tuple[str, ...] = ()
     """References that were left out because they have no prediction; only where the caller allowed it."""
+    scoring: Scoring = field(default_factory=Scoring)
+    """What was measured beside overlap and volume, and how."""
 
     @property
     def class_names(self) -> list[str]:
@@ -66,7 +73,8 @@ class Evaluation:
     def class_summary(self, name: str) -> ClassSummary:
         """Means and counts of one class."""
         scores = [case[name] for case in self.cases.values()]
-        means = {metric: mean_of_defined(s.metrics[metric] for s in scores) for metric in scores[0].metrics}
+        names = dict.fromkeys(metric for s in scores for metric in s.metrics)  # not every case has every metric
+        means = {metric: mean_of_defined(s.metrics.get(metric, math.nan) for s in scores) for metric in names}
         kinds = Counter((s.confusion.n_prediction > 0, s.confusion.n_reference > 0) for s in scores)
         return ClassSummary(
             means={metric: mean for metric, (mean, _) in means.items()},
@@ -82,12 +90,26 @@ class Evaluation:
         summaries = [self.class_summary(name) for name in self.class_names]
         return {metric: mean_of_defined(s.means[metric] for s in summaries)[0] for metric in summaries[0].means}
 
+    @property
+    def surface_settings(self) -> dict[str, Any]:
+        """Convention, unit and the tolerance of NSD per class; empty where no surface was measured."""
+        units = [unit for unit in ("mm", "px") if f"hd95_{unit}" in self.foreground_mean]
+        if not units:
+            return {}
+        tolerances = {name: self.scoring.tolerance_of(name) for name in self.class_names}
+        return {
+            "convention": self.scoring.surface_convention,
+            "unit": " and ".join(units),
+            "nsd_tolerance": tolerances,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain values as summary.json holds them; what is undefined is null."""
         return {
             "predictions": str(self.predictions),
             "references": str(self.references),
             "empty_mask_rule": EMPTY_MASK_RULE,
+            "surfaces": self.surface_settings or None,
             "n_cases": len(self.cases),
             "references_without_prediction": list(self.without_prediction),
             "foreground_mean": _plain(self.foreground_mean),
@@ -111,6 +133,19 @@ class EvaluationOptions:
     """OLD → NEW label values of the references, as the dataset was planned with."""
     n_workers: int | None = 1
     """Processes; None takes one per CPU."""
+    surfaces: bool = True
+    """HD95, ASSD and NSD."""
+    tolerance_mm: Mapping[str, float] = field(default_factory=dict)
+    """Of NSD, class → mm (pixels for pictures); `DEFAULT_TOLERANCE` of the others."""
+    surface_convention: Convention = "surface_elements"
+    """"border_voxels" gives MedPy's figures, as most papers show them."""
+    lesions: bool = False
+    """Lesion-wise F1, for classes that come in pieces."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """What is measured beside overlap and volume."""
+        return Scoring(self.surfaces, self.tolerance_mm, self.surface_convention, self.lesions)
 
 
 def evaluate_folder(
@@ -124,6 +159,8 @@ def evaluate_folder(
 ) -> Evaluation:
     """Scores segmentations against references; both folders hold CASE.<ending>, endings may differ.
 
+    Where probabilities lie with a prediction (`probabilities/CASE.b2nd`), its calibration error is scored, too.
+
     Args:
         predictions: Folder of predicted label maps; uncertainty maps in it are passed over.
         references: Folder of reference label maps.
@@ -133,13 +170,15 @@ def evaluate_folder(
         progress: Called with (cases done, cases in all) after each case.
 
     Raises:
-        InvalidInput: Cases missing on either side, grids that differ, undeclared values, unreadable files: all of them.
+        InvalidInput: Cases missing on either side, grids that differ, undeclared values, unreadable files, tolerances
+            of unknown classes: all of them.
     """
     options = options or EvaluationOptions()
+    _check_tolerances(options.tolerance_mm, schema)
     pairs, without = _match_cases(Path(predictions), Path(references), options)
     scored: dict[str, Mapping[str, ClassScores]] = {}
     problems: list[Problem] = []
-    score = partial(_score_pair, schema=schema, remap_references=options.remap_references)
+    score = partial(_score_pair, schema=schema, remap_references=options.remap_references, scoring=options.scoring)
     results = parallel_map(score, pairs, options.n_workers, name_of=lambda pair: pair.case)
     for number, (pair, result) in enumerate(zip(pairs, results, strict=True), start=1):
         if isinstance(result, list):
@@ -150,7 +189,7 @@ def evaluate_folder(
             progress(number, len(pairs))
     if problems:
         raise InvalidInput(problems, title=f"{len(problems)} problems in {predictions} against {references}:")
-    evaluation = Evaluation(Path(predictions), Path(references), scored, without)
+    evaluation = Evaluation(Path(predictions), Path(references), scored, without, options.scoring)
     if output is not None:
         write_json(Path(output), evaluation.to_json())
     return evaluation
@@ -237,8 +276,20 @@ def _match_cases(
     return pairs, tuple(missing)
 
 
+def _check_tolerances(tolerances: Mapping[str, float], schema: LabelSchema) -> None:
+    expected = f"0 or more, for one of {', '.join(schema.foreground)}"
+    fix = f"correct it, or leave it out (the default is {DEFAULT_TOLERANCE:g})"
+    problems = [
+        Problem(f"a tolerance of {value:g} for {name}", expected, fix)
+        for name, value in tolerances.items()
+        if name not in schema.foreground or not 0 <= value < math.inf
+    ]
+    if problems:
+        raise InvalidInput(problems)
+
+
 def _score_pair(
-    pair: _Pair, schema: LabelSchema, remap_references: Mapping[int, int]
+    pair: _Pair, schema: LabelSchema, remap_references: Mapping[int, int], scoring: Scoring
 ) -> dict[str, ClassScores] | list[Problem]:
     """The scores of a case, or all that keeps it from being scored."""
     maps, problems = [], []
@@ -249,7 +300,7 @@ def _score_pair(
             problems += [Problem(p.found, p.expected, p.fix, case=pair.case, file=p.file) for p in error.problems]
     if problems:
         return problems
-    (prediction, _, geometry), (reference, _, reference_geometry) = maps
+    (prediction, _, geometry), (reference, spacing, reference_geometry) = maps
     reference = remap_label_map(reference, remap_references)
     for path, label_map in ((pair.prediction, prediction), (pair.reference, reference)):
         unknown = undeclared_values(label_map, schema)
@@ -263,7 +314,14 @@ def _score_pair(
         expected = f"the grid of {pair.reference}"
         fix = "predict from the image that the reference was drawn on, or resample the label map"
         problems.append(Problem(found, expected, fix, case=pair.case, file=pair.prediction))
-    return problems or score_case(prediction, reference, schema, _voxel_volume_mm3(reference_geometry))
+    if problems:
+        return problems
+    voxel = Voxel(spacing if reference_geometry.kind != "natural" else None, _voxel_volume_mm3(reference_geometry))
+    stored = probabilities_file(pair.prediction.parent, pair.case)
+    try:
+        return score_all(prediction, reference, schema, voxel, scoring, stored if stored.is_file() else None)
+    except InvalidInput as error:
+        return [Problem(p.found, p.expected, p.fix, case=pair.case, file=p.file) for p in error.problems]
 
 
 def _voxel_volume_mm3(geometry: Geometry) -> float | None:

@@ -8,9 +8,8 @@ Rules, for every metric here and for the means over cases:
 - Voxels that carry the ignore label in the reference count nowhere, whatever was predicted there.
 - Regions are scored as the union of their label values. The ignore value in a prediction counts as background.
 
-Surface metrics (normalized surface Dice, 95 % Hausdorff distance, average symmetric surface distance, in mm) belong in
-a module beside this one that gives the same mapping, metric name → value, for `score_case` to add to
-`ClassScores.metrics`; everything after that takes the names as they come.
+Other metrics have modules beside this one that say their own rules: `surfaces`, `lesions`, `calibration`. `case_scores`
+adds them to `ClassScores.metrics`; everything after that takes the names as they come.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from autossl.data.integrity import count_labels
 from autossl.data.labels import LabelSchema
+from autossl.evaluation.class_masks import box_around, union_of
 
 METRICS = ("dice", "iou", "volume_error_relative", "volume_difference_ml")
 """Names of the metrics of `ClassScores`, in the order in which they are printed."""
@@ -56,8 +57,8 @@ class ClassScores:
 
     confusion: Confusion
     metrics: Mapping[str, float]
-    """Metric name → value: `METRICS`. Dice and IoU lie in 0..1; volume_error_relative is (V - V_ref) / V_ref;
-    volume_difference_ml is V - V_ref in mL, NaN where the images have no physical voxel size."""
+    """Metric name → value: `METRICS`, and what `case_scores` adds. Dice and IoU lie in 0..1; volume_error_relative is
+    (V - V_ref) / V_ref; volume_difference_ml is V - V_ref in mL, NaN where the images have no physical voxel size."""
 
 
 def confusion_per_class(prediction: LabelMap, reference: LabelMap, schema: LabelSchema) -> dict[str, Confusion]:
@@ -74,6 +75,11 @@ def confusion_per_class(prediction: LabelMap, reference: LabelMap, schema: Label
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction has shape {prediction.shape}, reference has {reference.shape}")
     values = np.array(schema.values)
+    if prediction.size and 0 in schema.values and not any(0 in own for own in schema.foreground.values()):
+        # what is background in both maps is counted nowhere: most of a volume need not be looked at
+        boxes = [box_around(prediction), box_around(reference)]
+        box = union_of([found for found in boxes if found[0].stop] or boxes)
+        prediction, reference = prediction[box], reference[box]
     joint = _joint_histogram(prediction.ravel(), reference.ravel(), values)
     if schema.ignore_label is not None:
         joint[:, values == schema.ignore_label] = 0
@@ -159,7 +165,7 @@ def mean_of_defined(values: Iterable[float]) -> tuple[float, int]:
 
 def undeclared_values(label_map: LabelMap, schema: LabelSchema) -> list[int]:
     """Values of the map that the schema does not declare, ascending."""
-    return sorted({int(value) for value in np.unique(label_map)} - set(schema.values))
+    return sorted(set(count_labels(label_map)) - set(schema.values))
 
 
 def _joint_histogram(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autossl.cli.options import add_workers, add_workspace, label_pair
+from autossl.cli.options import add_workers, add_workspace, label_pair, tolerance
 from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from autossl.data.labels import LabelSchema
 
 EPILOG = """\
-Per case and class: Dice, IoU, relative volume error, volume difference in mL.
-A class that is empty in prediction and reference has no value and is left out of the means (and counted).
+Per case and class: Dice, IoU, relative volume error, volume difference in mL, 95 % Hausdorff distance (HD95), average
+symmetric surface distance (ASSD), normalized surface Dice (NSD); the calibration error where probabilities/ lies in
+the folder of predictions. Distances are in mm with the true spacing, in pixels for png, bmp and tif.
+A class that is empty in prediction and reference has no value and is left out of the means (and counted). One that is
+empty in one of them has no HD95 and ASSD: read these beside the counts.
 
 example: autossl_evaluate --predictions OUT --references labelsTs -d 4 -o summary.json"""
 
@@ -45,6 +48,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only_predicted", action="store_true", help="leave out references that have no prediction, and name them"
     )
+    surfaces = parser.add_argument_group("surfaces and lesions")
+    surfaces.add_argument("--no_surfaces", action="store_true", help="leave out HD95, ASSD and NSD (faster)")
+    surfaces.add_argument(
+        "--tolerance_mm",
+        type=tolerance,
+        nargs="+",
+        default=[],
+        metavar="CLASS=MM",
+        help="distance that NSD forgives, per class; the others keep 1 mm (pictures: pixels)",
+    )
+    surfaces.add_argument(
+        "--surface_convention",
+        choices=("surface_elements", "border_voxels"),
+        default="surface_elements",
+        help="border_voxels: as MedPy counts, for comparison with published tables (default: surface_elements)",
+    )
+    surfaces.add_argument("--lesions", action="store_true", help="also lesion-wise F1, for classes in several pieces")
     add_workers(parser, "read and score")
     add_workspace(parser)
     return parser
@@ -65,6 +85,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 only_predicted=arguments.only_predicted,
                 remap_references=remap_references,
                 n_workers=arguments.num_processes,
+                surfaces=not arguments.no_surfaces,
+                tolerance_mm=dict(arguments.tolerance_mm),
+                surface_convention=arguments.surface_convention,
+                lesions=arguments.lesions,
             ),
             output=output,
             progress=progress.part("cases"),

@@ -51,6 +51,15 @@ def method_setting(text: str) -> tuple[str, str, str]:
     return method, key, value
 
 
+def tolerance(text: str) -> tuple[str, float]:
+    """'name=1.5' as class and millimeters."""
+    name, value = setting_pair(text)
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number of millimeters, as in organ=1.5") from None
+
+
 def label_pair(text: str) -> tuple[str, tuple[int, ...]]:
     """'name=1' or 'name=1,2' (a region) as name and label values."""
     name, value = setting_pair(text)

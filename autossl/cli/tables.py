@@ -16,6 +16,13 @@ HEADINGS = {
     "iou": "IoU",
     "volume_error_relative": "volume error (relative)",
     "volume_difference_ml": "volume difference (mL)",
+    "hd95_mm": "HD95 (mm)",
+    "assd_mm": "ASSD (mm)",
+    "hd95_px": "HD95 (pixels)",
+    "assd_px": "ASSD (pixels)",
+    "nsd": "NSD",
+    "lesion_f1": "lesion F1",
+    "ece": "ECE",
 }
 
 
@@ -52,6 +59,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
     headings = [HEADINGS.get(metric, metric) for metric in metrics]
     columns = ["class", *headings, "both empty", "false alarm", "missed"]
     print_table(columns, rows, title=f"means over {len(evaluation.cases)} cases")
+    if settings := evaluation.surface_settings:
+        tolerances = ", ".join(f"{name} {value:g}" for name, value in settings["nsd_tolerance"].items())
+        print(f"NSD tolerance in {settings['unit']}: {tolerances}; distances between {settings['convention']}")
 
 
 def figure(value: float | None) -> str:

@@ -35,7 +35,8 @@ def test_labels_on_the_command_line_give_a_table_and_a_summary(
     assert evaluate.main(arguments(folders, "--labels", "organ=1", "core=2")) == 0
     printed = capsys.readouterr().out
     organ = next(line for line in printed.splitlines() if line.strip().startswith("organ"))
-    assert organ.split()[1:] == ["0.6667", "0.5000", "1.0000", "0.0010", "0", "0", "0"]
+    assert organ.split()[1:] == ["0.6667", "0.5000", "1.0000", "0.0010", "1.0000", "0.1847", "1.0000", "0", "0", "0"]
+    assert "NSD tolerance in mm: organ 1, core 1; distances between surface_elements" in printed
     summary = json.loads((folders[0] / "summary.json").read_text())
     assert summary["classes"]["core"]["mean"]["dice"] == 1.0
     assert summary["foreground_mean"]["dice"] == pytest.approx(5 / 6)
@@ -46,6 +47,25 @@ def test_regions_and_the_named_output(folders: tuple[Path, Path], tmp_path: Path
     options = ["--labels", "whole=1,2", "core=2", "-o", str(output)]
     assert evaluate.main(arguments(folders, *options)) == 0
     assert json.loads(output.read_text())["classes"]["whole"]["mean"]["dice"] == pytest.approx(4 / 5)
+
+
+def test_tolerances_conventions_and_lesions_are_options(folders: tuple[Path, Path]) -> None:
+    options = ["--labels", "organ=1", "core=2", "--tolerance_mm", "organ=0.5", "--surface_convention", "border_voxels"]
+    assert evaluate.main(arguments(folders, *options, "--lesions")) == 0
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    assert summary["surfaces"]["convention"] == "border_voxels"
+    organ = summary["classes"]["organ"]["mean"]
+    assert organ["nsd"] == pytest.approx(2 / 3)  # of 2 + 1 border voxels one is a voxel away
+    assert organ["assd_mm"] == pytest.approx(1 / 3)
+    assert organ["lesion_f1"] == 1.0
+
+
+def test_a_tolerance_that_is_no_number_is_refused(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments(folders, "--labels", "organ=1", "--tolerance_mm", "organ=wide"))
+    assert "expected a number of millimeters" in capsys.readouterr().err
 
 
 def test_the_description_beside_the_references_is_found(folders: tuple[Path, Path], tmp_path: Path) -> None:

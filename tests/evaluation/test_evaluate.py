@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from autossl.data.labels import LabelSchema
+from autossl.data.probabilities import probabilities_file, write_probabilities_quantized
 from autossl.data.problems import InvalidInput
 from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
 
 SCHEMA = LabelSchema({"background": (0,), "organ": (1,), "core": (2,)})
 SPACING_XYZ = (2.0, 5.0, 10.0)  # 100 mm³: ten voxels are 1 mL
+CORNER = math.hypot(2.0, 5.0) / 2  # length of an outline that cuts off a corner between pixels
 
 
 def write(path: Path, values: list[int], spacing: tuple[float, float, float] = SPACING_XYZ) -> None:
@@ -51,7 +53,8 @@ def test_means_leave_out_undefined_cases_and_count_all_kinds_of_empty(
     organ, core = evaluation.class_summary("organ"), evaluation.class_summary("core")
     assert organ.means["dice"] == pytest.approx((2 / 3 + 1 + 1) / 3)
     assert core.means["dice"] == 0.0
-    assert core.n_defined == {"dice": 2, "iou": 2, "volume_error_relative": 1, "volume_difference_ml": 2}
+    overlap = {"dice": 2, "iou": 2, "volume_error_relative": 1, "volume_difference_ml": 2}
+    assert core.n_defined == overlap | {"hd95_mm": 0, "assd_mm": 0, "nsd": 2}
     assert core.means["volume_error_relative"] == -1.0
     assert core.means["volume_difference_ml"] == pytest.approx((0.1 - 0.2) / 2)
     assert (core.n_both_empty, core.n_false_alarm, core.n_missed) == (1, 1, 1)
@@ -70,6 +73,10 @@ def test_summary_json_holds_the_same_figures_with_null_for_undefined(
         "iou": 0.5,
         "volume_error_relative": 1.0,
         "volume_difference_ml": pytest.approx(0.1),
+        "hd95_mm": 2.0,
+        # 4 x 5 mm against 2 x 5 mm: of both outlines' 8 corners and 2 sides of 2 mm, 2 corners are 2 mm apart
+        "assd_mm": pytest.approx(2 * CORNER * 2.0 / (8 * CORNER + 2 * 2.0)),
+        "nsd": pytest.approx(1 - 2 * CORNER / (8 * CORNER + 2 * 2.0)),
         "n_prediction": 2,
         "n_reference": 1,
         "true_positive": 1,
@@ -152,6 +159,72 @@ def test_pictures_have_no_volume_in_ml(tmp_path: Path) -> None:
     scores = evaluate_folder(tmp_path / "predictions", tmp_path / "references", SCHEMA).cases["a"]["organ"]
     assert scores.metrics["dice"] == 1.0
     assert math.isnan(scores.metrics["volume_difference_ml"])
+
+
+def test_distances_of_pictures_are_in_pixels_and_those_of_single_slices_in_mm(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name, column in (("predictions", 1), ("references", 4)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        pixels = np.zeros((9, 9), dtype=np.uint8)
+        pixels[2:7, column : column + 3] = 1
+        Image.fromarray(pixels).save(tmp_path / name / "p.png")
+    evaluation = evaluate_folder(*folders, SCHEMA, EvaluationOptions(cases=["p"]))
+    assert evaluation.cases["p"]["organ"].metrics["hd95_px"] == 3.0
+    assert evaluation.surface_settings["unit"] == "px"
+    assert "hd95_mm" not in evaluation.foreground_mean
+    assert evaluate_folder(*folders, SCHEMA, EvaluationOptions(cases=["a"])).surface_settings["unit"] == "mm"
+
+
+def test_a_folder_with_pictures_and_volumes_keeps_both_units_apart(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        Image.fromarray(np.array([[0, 1], [1, 2]], dtype=np.uint8)).save(folder / "p.png")
+    organ = evaluate_folder(*folders, SCHEMA).class_summary("organ")
+    assert (organ.n_defined["dice"], organ.n_defined["hd95_mm"], organ.n_defined["hd95_px"]) == (4, 3, 1)
+
+
+def test_surfaces_can_be_left_out_and_lesions_added(folders: tuple[Path, Path]) -> None:
+    options = EvaluationOptions(surfaces=False, lesions=True)
+    evaluation = evaluate_folder(*folders, SCHEMA, options)
+    overlap = ["dice", "iou", "volume_error_relative", "volume_difference_ml"]
+    assert list(evaluation.foreground_mean) == [*overlap, "lesion_f1"]
+    assert evaluation.class_summary("core").means["lesion_f1"] == 0.0
+    assert evaluation.to_json()["surfaces"] is None
+
+
+def test_the_tolerance_of_a_class_is_used_and_stated(folders: tuple[Path, Path]) -> None:
+    evaluation = evaluate_folder(*folders, SCHEMA, EvaluationOptions(tolerance_mm={"organ": 2.0}))
+    assert evaluation.cases["a"]["organ"].metrics["nsd"] == 1.0
+    assert evaluation.to_json()["surfaces"] == {
+        "convention": "surface_elements",
+        "unit": "mm",
+        "nsd_tolerance": {"organ": 2.0, "core": 1.0},
+    }
+
+
+def test_tolerances_that_cannot_be_used_are_all_named(folders: tuple[Path, Path]) -> None:
+    tolerances = {"organ": -1.0, "liver": 2.0, "core": math.nan}
+    with pytest.raises(InvalidInput) as caught:
+        evaluate_folder(*folders, SCHEMA, EvaluationOptions(tolerance_mm=tolerances))
+    assert len(caught.value.problems) == 3
+
+
+def test_calibration_is_scored_where_probabilities_lie(folders: tuple[Path, Path]) -> None:
+    stored = np.zeros((3, 1, 1, 4), dtype=np.uint8)  # organ at 1, 1, 0, 0 where the reference has 1, 0, 0, 0
+    stored[:, 0, 0] = np.array([[0, 0, 255, 255], [255, 255, 0, 0], [0, 0, 0, 0]])
+    write_probabilities_quantized(probabilities_file(folders[0], "a"), stored)
+    evaluation = evaluate_folder(*folders, SCHEMA)
+    assert evaluation.cases["a"]["organ"].metrics["ece"] == pytest.approx(1 / 3)  # box: two voxels and one more
+    assert math.isnan(evaluation.cases["a"]["core"].metrics["ece"])
+    assert evaluation.class_summary("organ").n_defined["ece"] == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 4), (3, 1, 1, 5), (3, 2, 1, 4)])
+def test_probabilities_of_other_labels_or_another_grid_are_refused(
+    folders: tuple[Path, Path], shape: tuple[int, ...]
+) -> None:
+    write_probabilities_quantized(probabilities_file(folders[0], "a"), np.zeros(shape, dtype=np.uint8))
+    assert problems_of(folders) == ["a: probabilities of another shape than the label map"]
 
 
 def test_progress_counts_every_case(folders: tuple[Path, Path]) -> None:
