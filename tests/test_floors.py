@@ -16,6 +16,7 @@ FLOORS = (
     ("autossl.trainers",),
     ("autossl.evaluation.benchmark",),
     ("autossl.interop", "autossl.demo"),
+    ("autossl.pipeline",),
     ("autossl.cli",),
 )
 """Lowest first. What compares runs of trainers is a floor of its own above them."""

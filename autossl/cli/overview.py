@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from autossl.version import __version__
 
 COMMANDS = {
+    "autossl_run": "Everything from the raw folder to the final model and its report, resumable.",
     "autossl_plan_and_preprocess": "Measure a dataset, plan its configurations, and preprocess its cases.",
     "autossl_train": "Train a method on folds of a planned dataset.",
     "autossl_find_best_configuration": "Choose the final model among trained runs and their ensembles.",
@@ -16,7 +17,10 @@ COMMANDS = {
     "autossl_ensemble": "Average the probabilities of several folders of segmentations.",
     "autossl_apply_postprocessing": "Tidy a folder of segmentations by postprocessing rules.",
     "autossl_evaluate": "Score a folder of segmentations against references.",
+    "autossl_verdict": "Judge from finished runs whether the unlabeled cases helped.",
     "autossl_label_next": "Rank the unlabeled cases that are worth labeling next, with the reasons.",
+    "autossl_export_model": "Put a final model into one file, to share it.",
+    "autossl_install_model": "Put a shared model into the workspace, to predict with it.",
     "autossl_methods": "List the training methods, or show one with its settings.",
     "autossl_benchmark": "Compare methods with their supervised twin, and train what is missing for that.",
     "autossl_demo": "Run everything on a small made-up dataset, in a few minutes.",

@@ -57,6 +57,14 @@ class CommandProgress:
         else:
             self._say_line(name, done, total, details)
 
+    def say(self, line: str) -> None:
+        """A line of its own, above the bars where there are some."""
+        if self._bars is not None:
+            self._bars.console.print(line, highlight=False, markup=False)
+        elif not self._quiet:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
     def _move_bar(self, name: str, done: int, total: int, details: str) -> None:
         if self._bars is None:
             self._bars = _new_bars()

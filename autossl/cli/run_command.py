@@ -127,7 +127,7 @@ def _explain_training(error: BaseException) -> tuple[int, str] | None:
     name = type(error).__name__
     if name == "TrainingInterrupted":
         return INTERRUPTED, str(error)
-    if name == "TrainingDiverged":
+    if name in ("TrainingDiverged", "StepFailed"):
         return FAILED, str(error)
     return None
 
