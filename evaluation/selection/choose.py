@@ -12,6 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from autossl.evaluation.resampling import (
     Interval,
     Resamples,
@@ -88,7 +90,7 @@ def choose(scored: ScoredCandidates, wish: Wish | None = None, verdict: Judgment
     wish, resamples = wish or Wish(), draw_resamples(scored.units)
     everyone = [*scored.singles, *scored.ensembles]
     ranked = [Ranked(one, interval_of(spread_of(one.dice[None], scored.units), resamples)) for one in everyone]
-    ranked.sort(key=lambda one: -one.interval.observed)  # stable: of equals the single model, then by name
+    ranked.sort(key=lambda one: -np.nan_to_num(one.interval.observed, nan=-1.0))  # of equals the single model first
     methods, reason = allowed_methods(wish, verdict)
     left = [one for one in ranked if methods is None or one.candidate.methods <= set(methods)]
     singles = [one for one in left if len(one.candidate.runs) == 1]

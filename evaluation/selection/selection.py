@@ -19,6 +19,7 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.data.provenance import Written
 from autossl.data.runs import FoundRun, RunFilter, find_runs
 from autossl.data.workspace import Workspace
+from autossl.evaluation.judge_runs import VERDICT_FILE, read_verdict
 from autossl.evaluation.label_schemas import labels_of_dataset
 from autossl.evaluation.out_of_fold import OutOfFoldCase, collect, predict_out_of_fold
 from autossl.evaluation.resampling import Interval
@@ -51,7 +52,7 @@ class SelectionOptions:
     """Names of run folders to choose from; None: all of the split."""
     wish: Wish = field(default_factory=Wish)
     verdict: Judgment | None = None
-    """On the unlabeled cases; None: not judged. See `allowed_methods`."""
+    """On the unlabeled cases; None: that of the split's verdict.json, where there is one. See `allowed_methods`."""
     device: str = "auto"
     """Where probabilities are predicted that were not saved."""
     n_workers: int | None = 1
@@ -89,9 +90,10 @@ def find_best_configuration(
     options = options or SelectionOptions()
     split = options.split or _only_split(workspace, dataset)
     scored = score_candidates(workspace, dataset, split, options, progress)
-    _check_methods(scored, options)
-    choice = choose(scored, options.wish, options.verdict)
     path = inference_plan_path(workspace, dataset, split)
+    verdict = options.verdict or _stored_verdict(path.with_name(VERDICT_FILE))
+    _check_methods(scored, options.wish, verdict)
+    choice = choose(scored, options.wish, verdict)
     plan = _plan_of(choice, scored, workspace, dataset, split)
     if path.is_file():
         plan = _with_rules_of(path, plan)
@@ -186,13 +188,17 @@ def _with_probabilities(
     return complete
 
 
-def _check_methods(scored: ScoredCandidates, options: SelectionOptions) -> None:
-    methods, reason = allowed_methods(options.wish, options.verdict)
+def _stored_verdict(path: Path) -> Judgment | None:
+    return read_verdict(path) if path.is_file() else None
+
+
+def _check_methods(scored: ScoredCandidates, wish: Wish, verdict: Judgment | None) -> None:
+    methods, reason = allowed_methods(wish, verdict)
     there = sorted({method for one in scored.singles for method in one.methods})
     if methods is None or set(methods) & set(there):
         return
     fix = "train it, or name another method with -m"
-    if not options.wish.methods:
+    if not wish.methods:
         fix = f"train {SUPERVISED} on all folds, or name a method with -m"
     found = f"no run of {' or '.join(methods)} with all folds finished; there are {', '.join(there)}. {reason}"
     raise InvalidInput(Problem(found.rstrip("."), "a run of it", fix))
