@@ -11,6 +11,8 @@ import pytest
 from autossl.cli import plan_and_preprocess, predict, train
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter
+from autossl.inference.postprocess import Rule
+from autossl.inference.postprocessing_plan import PostprocessingPlan, write_postprocessing
 from autossl.inference.predict import PredictRequest
 from autossl.planners import plan_and_preprocess as behind_planning
 from autossl.planners.plan_and_preprocess import PlanRequest
@@ -64,7 +66,7 @@ def test_every_training_option_arrives() -> None:
     assert (deployed.labeled, deployed.budget_kind) == ("20", "deployment")
 
 
-def test_every_prediction_option_arrives() -> None:
+def test_every_prediction_option_arrives(tmp_path: Path) -> None:
     options = (
         "-i IN -o OUT -d 4 -c 2d -m supervised --preset nano --labeled 8 --draw 1 --seed 3 --tag T -f 0 1 "
         "--save_probabilities --save_uncertainty --no_mirroring --step_size 0.7 --resume --num_parts 3 --part_id 2 "
@@ -86,6 +88,10 @@ def test_every_prediction_option_arrives() -> None:
         part_id=2,
         device="cpu",
     )
+    rule = Rule(kind="keep_largest", class_name="organ")
+    write_postprocessing(tmp_path / "rules.json", PostprocessingPlan(rules=(rule,)))
+    tidied = predict_request("-i", "IN", "-o", "OUT", "-d", "4", "--postprocessing", str(tmp_path / "rules.json"))
+    assert tidied.postprocessing == (rule,)
     plain = predict_request("-i", "IN", "-o", "OUT", "--model", "RUN", "--overwrite")
     assert plain == PredictRequest(input=Path("IN"), output=Path("OUT"), model=Path("RUN"), overwrite=True)
 
