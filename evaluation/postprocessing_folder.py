@@ -138,8 +138,8 @@ def schema_of_folder(folder: Path, plan: PostprocessingPlan) -> LabelSchema:
     """
     if (Path(folder) / DESCRIPTION_FILE).is_file():
         return read_description(folder).label_schema()
-    if plan.schema is not None:
-        return plan.schema
+    if plan.label_schema is not None:
+        return plan.label_schema
     wanted = f"{DESCRIPTION_FILE} in {folder}, or labels in the file of rules"
     raise InvalidInput(Problem("nothing says what the label values mean", wanted, "name the dataset with -d"))
 

@@ -62,7 +62,7 @@ class PostprocessingPlan(_Schema):
     written: Written | None = None
 
     @property
-    def schema(self) -> LabelSchema | None:
+    def label_schema(self) -> LabelSchema | None:
         """What the label values mean; None where the file does not say."""
         return None if self.labels is None else LabelSchema(self.labels, self.regions_class_order)
 

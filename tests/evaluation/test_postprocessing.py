@@ -213,7 +213,7 @@ def test_the_file_gives_back_what_was_found(tmp_path: Path) -> None:
     write_postprocessing(tmp_path / "postprocessing.json", plan)
     read = read_postprocessing(tmp_path / "postprocessing.json")
     assert read == plan
-    assert read.schema == SCHEMA
+    assert read.label_schema == SCHEMA
     assert read.written is not None
 
 
@@ -223,4 +223,4 @@ def test_faults_of_a_file_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"rules\.0\.kind(?s:.*)rules\.1: min_size_mm3 needs a value"):
         read_postprocessing(path)
     path.write_text('{"rules": [{"kind": "keep_largest"}]}')
-    assert read_postprocessing(path).schema is None
+    assert read_postprocessing(path).label_schema is None
