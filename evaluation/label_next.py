@@ -343,14 +343,15 @@ def _reasons(
     middle: Mapping[str, float],
     labeled: LabeledPool,
 ) -> tuple[str, ...]:
-    """Sentences with the figures, the strongest term first."""
+    """Sentences with the figures, the strongest term first; empty where nothing speaks for the case."""
+    volumes = _volumes(case, labeled)
     texts = {
         "disagreement": "; ".join(
             f"{who} agree to a Dice of {measured[key]:.2f} (median of all candidates {middle[key]:.2f})"
             for key, who in (("fold_dice", "folds"), ("run_dice", "runs"))
-            if measured[key] is not None
+            if measured[key] is not None and measured[key] < middle[key]
         ),
-        "volume": f"much to outline: {_volumes(case, labeled)}",
+        "volume": f"much to outline: {volumes}" if volumes else "",
         "shift": (
             f"{measured['shift_ratio']:.1f} times as far from the nearest labeled case as these are from each other, "
             f"most in {measured['differs_most_in']}"
@@ -364,8 +365,12 @@ def _reasons(
 
 
 def _volumes(case: CaseEvidence, labeled: LabeledPool) -> str:
+    """Of the classes that are predicted with at least half of the labeled median."""
     parts = []
     for name, volume in case.volumes.items():
         usual = labeled.median_volumes.get(name)
-        parts.append(f"{name} {volume / usual:.1f} × the labeled median" if usual else f"{name}, which no label shows")
+        if usual and volume >= NOTEWORTHY * usual:
+            parts.append(f"{name} {volume / usual:.1f} × the labeled median")
+        elif volume > 0 and not usual:
+            parts.append(f"{name}, which no label shows")
     return ", ".join(parts)

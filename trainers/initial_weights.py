@@ -25,6 +25,8 @@ from autossl.trainers.base import Parts
 logger = logging.getLogger(__name__)
 
 NAMED_CASES = 5
+WITHOUT_UNLABELED = "supervised"
+"""The method that is given no unlabeled case, although its folds list them."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def _seen_cases(run: RunSpec, fold: str | None, dataset: str) -> list[str] | Non
     if trained is None:
         return None
     before = run.initial.get(str(fold), {"seen": []})["seen"]
-    return None if before is None else sorted({*trained.labeled, *trained.unlabeled, *before})
+    without_label = () if run.method == WITHOUT_UNLABELED else trained.unlabeled
+    return None if before is None else sorted({*trained.labeled, *without_label, *before})
 
 
 def _check_seen(path: Path, fold: str, seen: list[str], cases: Fold) -> None:

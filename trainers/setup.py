@@ -290,6 +290,7 @@ def resolve(request: TrainRequest) -> RunSetup:
     device = resolve_device(request.device)
     raw = read_raw_dataset(workspace.raw_folder(dataset))
     fingerprint = read_fingerprint(folder / FINGERPRINT)
+    _check_planned_since(raw, fingerprint, plans)
     split = load_or_make_split(
         folder,
         split_cases(raw),
@@ -407,6 +408,21 @@ def _check_needs(setup: RunSetup) -> None:
         problems = list({str(problem): problem for of_fold in found.values() for problem in of_fold}.values())
     if problems:
         raise InvalidInput(problems)
+
+
+def _check_planned_since(raw: RawDataset, fingerprint: Fingerprint, plans: Plans) -> None:
+    """Raises where labels came after the data set was planned: nothing is known of them yet."""
+    known = fingerprint.of_pool("labeled")
+    new = [case.id for case in raw.labeled if case.id not in known]
+    if new:
+        shown = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+        raise InvalidInput(
+            Problem(
+                f"{len(new)} labeled cases came after {raw.name} was planned: {shown}",
+                "a fingerprint that knows them",
+                f"run autossl_plan_and_preprocess -d {raw.name} --preset {plans.preset}: it adds what is new",
+            )
+        )
 
 
 def provide_cases(setup: RunSetup, on_progress: Progress | None = None) -> None:

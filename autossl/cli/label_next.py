@@ -75,14 +75,14 @@ def _request(arguments: argparse.Namespace) -> LabelNextRequest:
 
 
 def _print_result(result: LabelNextResult) -> None:
-    from autossl.cli.tables import print_table
-
     chosen = [case for case in result.ranked if case.rank is not None]
-    rows = [[case.case, str(case.rank), f"{case.score:.2f}", "; ".join(case.reasons)] for case in chosen]
     networks = sum(len(folds) for folds in result.models.values())
     voters = f"{networks} networks of {len(result.models)} runs"
-    title = f"{len(chosen)} of {len(result.ranked)} unlabeled cases, by {voters}"
-    print_table(["case", "rank", "score", "because"], rows, title=title)
+    print(f"{len(chosen)} of {len(result.ranked)} unlabeled cases, by {voters}:")
+    for case in chosen:
+        print(f"{case.rank:4}. {case.case}  (score {case.score:.2f})")
+        for reason in case.reasons:
+            print(f"      {reason}")
     for case, why in result.left_out.items():
         print(f"left out: {case} ({why})")
     print(f"all candidates: {result.file}")

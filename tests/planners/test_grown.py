@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
+from autossl.data.problems import InvalidInput
 from autossl.data.splits import read_split
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import PlanRequest, PlanResult, find_plans, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
+from autossl.trainers.setup import TrainRequest, resolve
 
 SETTINGS = PhantomSettings(n_labeled=5, n_unlabeled=1, n_test=0, shape_zyx=(8, 16, 16))
 
@@ -108,3 +110,14 @@ def test_edited_plans_are_not_kept(workspace: Workspace) -> None:
     label_next(workspace)
     assert "configurations" not in plan(workspace).plans.why
     assert path.with_name("replaced_plans_nano.json").exists()
+
+
+def test_training_asks_for_planning_where_labels_came_since(workspace: Workspace) -> None:
+    request = TrainRequest(SETTINGS.name, "2d", ("0",), workspace=workspace.root, device="cpu")
+    case = label_next(workspace)
+    before = stamps(workspace.root)
+    with pytest.raises(InvalidInput, match=f"1 labeled cases came after .* was planned: {case}.*autossl_plan_and_pre"):
+        resolve(request)
+    assert stamps(workspace.root) == before
+    plan(workspace)
+    assert case in {*resolve(request).folds["0"].labeled, *resolve(request).folds["0"].validation}

@@ -66,9 +66,15 @@ def test_the_record_names_what_matched_and_what_was_seen(run: Path) -> None:
 )
 def test_weights_that_saw_a_case_the_fold_keeps_out_are_refused(run: Path, cases: Fold, leaked: str) -> None:
     folds = {"0": Fold(labeled=("a", "b"), unlabeled=("u",)).model_dump(mode="json")}
-    set_run(run, folds=folds, initial={"0": {"seen": ["z"]}})
+    set_run(run, folds=folds, initial={"0": {"seen": ["z"]}}, method="mean_teacher")
     with pytest.raises(InvalidInput, match=rf"1 cases that fold 0 keeps out .*: {leaked}\."):
         initial_record(parts(), run, "0", cases, DATASET)
+
+
+def test_a_supervised_run_has_not_seen_its_unlabeled_cases(run: Path) -> None:
+    set_run(run, folds={"0": Fold(labeled=("a", "b"), unlabeled=("u",)).model_dump(mode="json")})
+    record = initial_record(parts(), run, "0", Fold(labeled=("a", "b"), validation=("u",)), DATASET)
+    assert record["seen"] == ["a", "b"]
 
 
 def test_cases_of_another_dataset_are_other_cases(run: Path) -> None:
