@@ -38,7 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("-d", "--dataset", metavar="DATASET", help="dataset that the run was trained on (4 or its name)")
     model.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="the folder that holds fold_0, instead of a dataset"
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with fold_0 or inference_plan.json, instead of a dataset",
     )
     run = parser.add_argument_group("which run of the dataset, instead of its inference plan")
     run.add_argument("-c", "--configuration", metavar="C", help="2d, 3d_fullres or 3d_lowres")

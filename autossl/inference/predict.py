@@ -24,7 +24,7 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter, choose_run
 from autossl.data.workspace import Workspace
 from autossl.inference.final_model import FinalModel, LoadedModel, planned_model
-from autossl.inference.inference_plan import choose_inference_plan, read_inference_plan
+from autossl.inference.inference_plan import INFERENCE_PLAN_FILE, choose_inference_plan, read_inference_plan
 from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE, read_model
 from autossl.inference.outputs import OutputFolder
 from autossl.inference.postprocess import Rule, apply_rules, check_rules
@@ -55,7 +55,7 @@ class PredictRequest:
     plan predicts (see `choose_inference_plan`)."""
     workspace: Path | None = None
     model: Path | None = None
-    """The folder that holds fold_k, instead of a dataset."""
+    """The folder that holds fold_k, or results/DATASET/SPLIT with its inference plan, instead of a dataset."""
     folds: tuple[str, ...] | None = None
     """None: all finished integer folds, or those of the inference plan. Given, one run predicts."""
     modality: str | None = None
@@ -286,16 +286,19 @@ def _check_request(request: PredictRequest) -> None:
 
 def _choose_model(request: PredictRequest) -> _ChosenModel:
     """The run, or the runs and rules of an inference plan."""
-    folder, rules = request.model, request.postprocessing
+    folder, path, rules = request.model, None, request.postprocessing
     if folder is None:
         workspace = Workspace.locate(request.workspace)
         dataset = workspace.find_dataset(request.dataset or "")
         path = choose_inference_plan(workspace, dataset, request.run) if request.folds is None else None
-        if path is not None:
-            plan = read_inference_plan(path)
-            return _ChosenModel(planned_model(workspace, plan, path), (*plan.postprocessing, *rules), path)
-        folder = choose_run(workspace, dataset, request.run).folder
-    return _ChosenModel(FinalModel((read_model(Path(folder), request.folds),)), rules)
+        folder = None if path is not None else choose_run(workspace, dataset, request.run).folder
+    elif (Path(folder) / INFERENCE_PLAN_FILE).is_file() and request.folds is None:
+        path = Path(folder).absolute() / INFERENCE_PLAN_FILE
+        workspace = Workspace(path.parents[3])
+    if path is not None:
+        plan = read_inference_plan(path)
+        return _ChosenModel(planned_model(workspace, plan, path), (*plan.postprocessing, *rules), path)
+    return _ChosenModel(FinalModel((read_model(Path(folder or ""), request.folds),)), rules)
 
 
 def _record(request: PredictRequest, chosen: _ChosenModel, channels: tuple[int, ...] | None) -> dict[str, Any]:
