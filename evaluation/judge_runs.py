@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autossl.data.files import read_json, write_json
 from autossl.data.problems import InvalidInput, Problem
@@ -23,11 +24,23 @@ from autossl.evaluation.verdict import Candidate, Cohort, Verdict, judge
 VERDICT_FILE = "verdict.json"
 WITHOUT = "supervised"
 EQUAL_TIME = ("equal_time", "equal-time")
-"""Tags of supervised runs that took as long as a method."""
+"""Tags of supervised runs that took as long as a method; also at the end of a tag, after a '-'."""
 Scores = Mapping[str, Mapping[str, float]]
 """Case → class → Dice."""
+Role = Literal["method", "twin", "equal time"]
 _Way = tuple[str, str, str, str]
 """Configuration, preset, method, tag."""
+
+
+class JudgedRuns(BaseModel):
+    """The runs of a candidate."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Role
+    folders: tuple[str, ...]
+    """One per seed, relative to results/."""
+    steps: int
 
 
 class VerdictRecord(Verdict):
@@ -35,8 +48,8 @@ class VerdictRecord(Verdict):
 
     dataset: str
     split: str
-    runs: dict[str, tuple[str, ...]]
-    """Candidate → folders of its runs, relative to results/."""
+    runs: dict[str, JudgedRuns]
+    """Candidate → where its scores come from."""
     left_out: tuple[str, ...]
     """Runs of the split that could not take part, with the reason."""
     written: Written
@@ -50,13 +63,16 @@ class Competitors:
     presets: Sequence[str] | None = None
     methods: Sequence[str] | None = None
     """Besides supervised."""
+    runs: Sequence[str] | None = None
+    """Folder names."""
     postprocessed: Mapping[str, Scores] = field(default_factory=dict)
     """Folder name of a run → out-of-fold Dice with postprocessing. Such a run stands for choice twice, as it is and
     with its rules; give it for both sides, or the comparison is not fair."""
 
-    def accept(self, spec: RunSpec) -> bool:
+    def accept(self, run: FoundRun) -> bool:
         """Whether a run is asked for."""
-        wanted = ((self.configurations, spec.configuration), (self.presets, spec.preset))
+        spec = run.spec
+        wanted = ((self.configurations, spec.configuration), (self.presets, spec.preset), (self.runs, run.folder.name))
         methods = None if self.methods is None else {*self.methods, WITHOUT}
         return all(names is None or value in names for names, value in (*wanted, (methods, spec.method)))
 
@@ -74,7 +90,8 @@ def judge_runs(
     """Judges the finished runs of a split and writes verdict.json beside them.
 
     A run takes part when all folds of the split are trained and scored. Runs with unlabeled cases need a supervised
-    twin: same configuration, preset, plans and steps, no tag. Only seeds that all of them have are used.
+    twin: same configuration, preset, plans and steps, with the same tag or none. Only seeds that all of them have are
+    used.
 
     Args:
         workspace: Where the runs are.
@@ -114,8 +131,8 @@ def judge_runs(
         dataset=dataset,
         split=split,
         runs={
-            entry.name: tuple(folder.relative_to(workspace.results).as_posix() for folder in entry.folders)
-            for found in [*entries.values(), equal]
+            entry.name: _runs_json(entry, role, workspace)
+            for role, found in (*((_role(way), of_way) for way, of_way in entries.items()), ("equal time", equal))
             for entry in found
         },
         left_out=tuple(left_out),
@@ -162,13 +179,23 @@ class _Entry:
     folds: Mapping[str, str]
     """Case → fold."""
     folders: tuple[Path, ...]
+    steps: int
+
+
+def _role(way: _Way) -> Role:
+    return "twin" if way[2] == WITHOUT else "method"
+
+
+def _runs_json(entry: _Entry, role: Role, workspace: Workspace) -> JudgedRuns:
+    folders = tuple(folder.relative_to(workspace.results).as_posix() for folder in entry.folders)
+    return JudgedRuns(role=role, folders=folders, steps=entry.steps)
 
 
 def _finished_ways(workspace: Workspace, dataset: str, split: str, competitors: Competitors) -> tuple[_Ways, list[str]]:
     """What can be compared, and why the rest cannot."""
     runs: dict[_Way, dict[int, FoundRun]] = {}
     left_out: list[str] = []
-    found = [run for run in find_runs(workspace, dataset, RunFilter(split=split)) if competitors.accept(run.spec)]
+    found = [run for run in find_runs(workspace, dataset, RunFilter(split=split)) if competitors.accept(run)]
     n_folds = read_split(workspace.preprocessed_folder(dataset) / "splits" / f"{split}.json").n_folds
     for run in found:
         done = [fold for fold in _folds(run) if _summary(run, fold).is_file() and run.states.get(fold) == "finished"]
@@ -180,7 +207,8 @@ def _finished_ways(workspace: Workspace, dataset: str, split: str, competitors: 
         runs.setdefault(way, {})[spec.seed] = run
     pairs = {}
     for way, of_seeds in runs.items():
-        twin = (*way[:2], WITHOUT, "")
+        tagged, plain = (*way[:2], WITHOUT, way[3]), (*way[:2], WITHOUT, "")
+        twin = tagged if tagged in runs else plain
         if way[2] == WITHOUT:
             continue
         shared = [seed for seed in of_seeds if seed in runs.get(twin, {})]
@@ -191,8 +219,12 @@ def _finished_ways(workspace: Workspace, dataset: str, split: str, competitors: 
         else:
             pairs[way] = twin
     places = {way[:2] for way in pairs}
-    equal = [way for way in runs if way[2] == WITHOUT and way[3] in EQUAL_TIME and way[:2] in places]
+    equal = [way for way in runs if way[2] == WITHOUT and _is_equal_time(way[3]) and way[:2] in places]
     return _Ways(runs, pairs, tuple(equal)), left_out
+
+
+def _is_equal_time(tag: str) -> bool:
+    return tag in EQUAL_TIME or tag.endswith(tuple(f"-{name}" for name in EQUAL_TIME))
 
 
 def _shared_seeds(ways: _Ways, left_out: list[str]) -> list[int]:
@@ -230,7 +262,9 @@ class _Reader:
         spec = chosen[0].spec
         name = " ".join([spec.configuration, spec.preset, spec.method, *([spec.tag] if spec.tag else [])])
         read = [_read_scores(run) for run in chosen]
-        entry = _Entry(name, tuple(scores for scores, _ in read), read[0][1], tuple(run.folder for run in chosen))
+        entry = _Entry(
+            name, tuple(scores for scores, _ in read), read[0][1], tuple(run.folder for run in chosen), spec.total_steps
+        )
         after = [self._postprocessed.get(run.folder.name) for run in chosen]
         if any(scores is None for scores in after):
             return [entry]

@@ -161,7 +161,8 @@ def interval_of_chosen(
         for j, spread in enumerate(row):
             mask = (picks[0] == i) & (picks[1] == j)
             if mask.any():
-                errors[mask] = spread.errors(Resamples(resamples.patients[mask], resamples.trainings[mask]))
+                of_pair = spread.errors(resamples)
+                errors[mask] = (of_pair - of_pair.mean())[mask]
     observed = pairs[chosen[0]][chosen[1]].estimate
     return _interval(observed, errors, level, luck=float(errors.mean()))
 
