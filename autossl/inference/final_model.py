@@ -23,6 +23,7 @@ from autossl.inference.predictor import Predictor, Window
 from autossl.inference.preprocessed import OnShare, predict_image
 from autossl.inference.restore import Restored, Wanted
 from autossl.inference.uncertainty import normalized_entropy, pairwise_disagreement
+from autossl.networks.prediction import Activation
 from autossl.preprocessing.prepare import prepare_case
 
 
@@ -200,7 +201,7 @@ def _decided(total: npt.NDArray[np.uint16], n_members: int, schema: LabelSchema,
         if probabilities is not None:
             probabilities[:, rows] = quantize(mean, keep_largest=not schema.has_regions)
         if entropy is not None:
-            activation = "sigmoid" if schema.has_regions else "softmax"
+            activation: Activation = "sigmoid" if schema.has_regions else "softmax"
             entropy[rows] = normalized_entropy(torch.from_numpy(mean), activation).numpy()
     return Restored(label_map, probabilities, entropy)
 

@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from autossl.data.files import read_json, write_json
+from autossl.data.files import write_json
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.provenance import Written
 from autossl.data.runs import FoundRun, RunFilter, find_runs
 from autossl.data.workspace import Workspace
-from autossl.evaluation.judge_runs import VERDICT_FILE
+from autossl.evaluation.judge_runs import VERDICT_FILE, read_verdict
 from autossl.evaluation.label_schemas import labels_of_dataset
 from autossl.evaluation.out_of_fold import OutOfFoldCase, collect, predict_out_of_fold
 from autossl.evaluation.resampling import Interval
 from autossl.evaluation.selection.candidates import Candidate, ScoredCandidates, pair_candidates, single_candidate
 from autossl.evaluation.selection.choose import SUPERVISED, Choice, Judgment, Ranked, Wish, allowed_methods, choose
-from autossl.evaluation.verdict import Word
 from autossl.inference.inference_plan import (
     InferencePlan,
     LabelBudget,
@@ -157,7 +154,9 @@ def _collected(
     if missing:
         fix = "correct the names, or train them"
         raise InvalidInput(Problem(f"no run {', '.join(missing)} in split {split}", "runs that are there", fix))
-    predictions, left_out, problems = [], {}, []
+    predictions: _Predictions = []
+    left_out: dict[str, str] = {}
+    problems: list[Problem] = []
     for run in runs:
         if names is not None and run.folder.name not in names:
             continue
@@ -191,24 +190,8 @@ def _with_probabilities(
     return complete
 
 
-class StoredVerdict(BaseModel):
-    """What the choice needs of a verdict.json, whoever wrote it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    word: Word
-    sentence: str
-
-
-def _stored_verdict(path: Path) -> StoredVerdict | None:
-    if not path.is_file():
-        return None
-    try:
-        return StoredVerdict.model_validate(read_json(path))
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        wanted, fix = "a word and a sentence", "judge again, or remove the file"
-        raise InvalidInput(Problem(f"the verdict cannot be read: {faults}", wanted, fix, file=path)) from error
+def _stored_verdict(path: Path) -> Judgment | None:
+    return read_verdict(path) if path.is_file() else None
 
 
 def _check_methods(scored: ScoredCandidates, wish: Wish, verdict: Judgment | None) -> None:

@@ -275,7 +275,7 @@ def test_the_verdict_on_disk_counts_unless_another_is_given(made: Workspace, spl
     assert [member.name for member in found(made).plan.members] == ["3d_fullres__tiny__supervised__seed-0"]
     assert len(found(made, verdict=Judged("helped")).plan.members) == 2
     path.write_text('{"word": "good", "sentence": ""}')
-    with pytest.raises(InvalidInput, match=r"the verdict cannot be read: word"):
+    with pytest.raises(InvalidInput, match="the verdict cannot be read"):
         found(made)
 
 
