@@ -75,16 +75,16 @@ def test_what_would_cut_off_a_true_part_is_not_kept() -> None:
     assert "no gain" in trial_of(plan, "keep the largest component of tumor")
 
 
-def test_specks_beside_true_parts_lead_to_a_smallest_size() -> None:
-    def speck(_: int, prediction: LabelMap) -> None:
-        prediction[11, 13, 14] = 2
+def test_specks_beside_true_parts_lead_to_the_smallest_size_that_gains_most() -> None:
+    def speck(number: int, prediction: LabelMap) -> None:
+        prediction[11, 13, 14 : 17 if number % 2 else 15] = 2
 
     plan = found(speck)
-    (rule,) = plan.rules
-    assert (rule.kind, rule.class_name) == ("min_size_mm3", "tumor")
-    assert 1 < (rule.value or 0) <= 8
-    passing = [trial for trial in plan.why if "gains more or as much" in trial.because]
-    assert all(trial.rule.value and trial.rule.value > (rule.value or 0) for trial in passing)
+    assert plan.rules == (Rule(kind="min_size_mm3", class_name="tumor", value=3.5),)  # 10 % of 35 mm³
+    tried = {trial.rule.value: trial for trial in plan.why if trial.rule.class_name == "tumor" and trial.rule.value}
+    assert sorted(tried) == [0.035, 0.1, 0.35, 1.1, 3.5]
+    assert [value for value, trial in tried.items() if trial.kept] == [3.5]
+    assert "passes, but" in tried[1.1].because
 
 
 def test_holes_lead_to_filling() -> None:
