@@ -76,9 +76,9 @@ def _unit_areas() -> FloatArray:
     vectors = np.zeros((256, 4, 3))
     for pattern in range(1, 255):
         inside = {corner for bit, corner in enumerate(CORNERS) if pattern >> bit & 1}
-        rarer = inside if len(inside) <= 4 else set(CORNERS) - inside
-        areas = [area for outline in _outlines(rarer) for area in _largest_cut(outline)]
-        vectors[pattern, : len(areas)] = areas
+        if len(inside) <= 4:
+            areas = np.concatenate([_largest_cut(outline) for outline in _outlines(inside)])
+            vectors[pattern, : len(areas)] = vectors[255 - pattern, : len(areas)] = areas
     return vectors
 
 
@@ -107,13 +107,11 @@ def _outlines(inside: set[Corner]) -> Iterator[FloatArray]:
         yield np.array([np.mean(sorted(edge), axis=0) for edge in path])
 
 
-def _largest_cut(outline: FloatArray) -> list[FloatArray]:
-    """Area vectors of the triangles of the cut of an outline that has the largest area on cubic voxels."""
-    cuts = [
-        [np.cross(outline[j] - outline[i], outline[k] - outline[i]) / 2 for i, j, k in cut]
-        for cut in _cuts(0, len(outline) - 1)
-    ]
-    return max(cuts, key=lambda areas: round(sum(float(np.linalg.norm(area)) for area in areas), 9))
+def _largest_cut(outline: FloatArray) -> FloatArray:
+    """Area vectors [n, 3] of the triangles of the cut of an outline that has the largest area on cubic voxels."""
+    first, second, third = np.moveaxis(outline[np.array(list(_cuts(0, len(outline) - 1)))], 2, 0)
+    areas: FloatArray = np.cross(second - first, third - first) / 2
+    return areas[np.linalg.norm(areas, axis=2).sum(1).round(9).argmax()]
 
 
 def _cuts(first: int, last: int) -> Iterator[list[Triangle]]:
