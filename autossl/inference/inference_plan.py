@@ -80,6 +80,20 @@ def inference_plan_path(workspace: Workspace, dataset: str, split: str) -> Path:
     return workspace.results_folder(dataset) / split / INFERENCE_PLAN_FILE
 
 
+def workspace_of_plan(path: Path) -> Workspace:
+    """The workspace whose results/DATASET/SPLIT/ holds the plan.
+
+    Raises:
+        InvalidInput: the plan lies elsewhere, where its members cannot be found.
+    """
+    folder = (path.resolve() if ".." in path.parts else path.absolute()).parent
+    if len(folder.parts) < 5 or folder.parents[1].name != "results":
+        expected = "a folder results/DATASET/SPLIT of a workspace, with the runs that the plan names"
+        fix = "put the folder back, or name one of its run folders"
+        raise InvalidInput(Problem("the inference plan lies outside of a workspace", expected, fix, file=path))
+    return Workspace(folder.parents[2])
+
+
 def write_inference_plan(path: Path, plan: InferencePlan) -> None:
     """Atomically."""
     write_json(path, plan.model_dump(mode="json"))

@@ -24,7 +24,12 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter, choose_run
 from autossl.data.workspace import Workspace
 from autossl.inference.final_model import FinalModel, LoadedModel, planned_model
-from autossl.inference.inference_plan import INFERENCE_PLAN_FILE, choose_inference_plan, read_inference_plan
+from autossl.inference.inference_plan import (
+    INFERENCE_PLAN_FILE,
+    choose_inference_plan,
+    read_inference_plan,
+    workspace_of_plan,
+)
 from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE, read_model
 from autossl.inference.outputs import OutputFolder
 from autossl.inference.postprocess import Rule, apply_rules, check_rules
@@ -293,8 +298,8 @@ def _choose_model(request: PredictRequest) -> _ChosenModel:
         path = choose_inference_plan(workspace, dataset, request.run) if request.folds is None else None
         folder = None if path is not None else choose_run(workspace, dataset, request.run).folder
     elif (Path(folder) / INFERENCE_PLAN_FILE).is_file() and request.folds is None:
-        path = Path(folder).absolute() / INFERENCE_PLAN_FILE
-        workspace = Workspace(path.parents[3])
+        path = Path(folder) / INFERENCE_PLAN_FILE
+        workspace = workspace_of_plan(path)
     if path is not None:
         plan = read_inference_plan(path)
         return _ChosenModel(planned_model(workspace, plan, path), (*plan.postprocessing, *rules), path)

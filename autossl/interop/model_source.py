@@ -23,6 +23,7 @@ from autossl.inference.inference_plan import (
     PlanMember,
     choose_inference_plan,
     read_inference_plan,
+    workspace_of_plan,
 )
 from autossl.inference.model_folder import TrainedModel, read_model
 from autossl.planners.fingerprint import Fingerprint, read_fingerprint
@@ -62,7 +63,7 @@ def find_model(
     """
     folder = Path(wanted)
     if (folder / INFERENCE_PLAN_FILE).is_file():
-        return _planned(folder.absolute() / INFERENCE_PLAN_FILE)
+        return _planned(folder / INFERENCE_PLAN_FILE)
     if (folder / RUN_FILE).is_file() or len(folder.parts) > 1:
         return _single(folder.absolute(), folds)
     home = Workspace.locate(workspace)
@@ -74,7 +75,7 @@ def find_model(
 def _planned(path: Path) -> ModelSource:
     """results/DATASET/SPLIT/inference_plan.json."""
     plan = read_inference_plan(path)
-    home = Workspace(path.parents[3])
+    home = workspace_of_plan(path)
     return _source(home, plan, planned_model(home, plan, path).members, path.with_name(VERDICT_FILE))
 
 
