@@ -244,6 +244,8 @@ def _check(
     for candidate in everything:
         if candidate.dice.shape != wanted:
             raise ValueError(f"{candidate.name} has Dice of shape {candidate.dice.shape}, expected {wanted}")
+        if not np.isfinite(candidate.dice).any():
+            raise ValueError(f"{candidate.name} has no defined Dice, expected at least one")
 
 
 def _figure(interval: Interval, differences: FloatArray, cohort: Cohort) -> Figure:

@@ -192,9 +192,11 @@ def test_the_run_of_equal_time_stands_beside_and_decides_nothing() -> None:
     assert "equal wall time" in found.notes[-1]
 
 
-def test_shapes_that_differ_are_refused() -> None:
+def test_shapes_that_differ_and_nothing_defined_are_refused() -> None:
     with pytest.raises(ValueError, match=r"twin has Dice of shape .* expected \(1, 20, 2\)"):
         judge([candidate("method")], [Candidate("twin", BASE[:, :5])], COHORT)
+    with pytest.raises(ValueError, match="twin has no defined Dice"):
+        judge([candidate("method")], [Candidate("twin", np.full_like(BASE, np.nan))], COHORT)
     with pytest.raises(ValueError, match="0 candidates with"):
         judge([], [TWIN], COHORT)
 
