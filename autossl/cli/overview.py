@@ -19,6 +19,7 @@ COMMANDS = {
     "autossl_evaluate": "Score a folder of segmentations against references.",
     "autossl_verdict": "Judge from finished runs whether the unlabeled cases helped.",
     "autossl_label_next": "Rank the unlabeled cases that are worth labeling next, with the reasons.",
+    "autossl_report": "Write everything about a split into one page, or check the page against the files.",
     "autossl_export_model": "Put a final model into one file, to share it.",
     "autossl_install_model": "Put a shared model into the workspace, to predict with it.",
     "autossl_methods": "List the training methods, or show one with its settings.",
