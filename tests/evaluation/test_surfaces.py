@@ -183,6 +183,13 @@ def test_what_is_predicted_in_ignored_voxels_changes_nothing(convention: Convent
     assert less[0] > plain[0]
 
 
+def test_the_reference_reaches_through_ignored_voxels_as_far_as_was_predicted() -> None:
+    shape = (16, 3, 3)
+    prediction, reference = box(shape, (2, 1, 1), (11, 1, 1)), box(shape, (2, 1, 1), (3, 1, 1))
+    hausdorff, _, _ = metrics_of(masks_of(prediction, reference, box(shape, (5, 0, 0), (4, 3, 3))))
+    assert hausdorff == pytest.approx(4 * SPACING[0])  # from the end at 13 to the last ignored voxel's end at 9
+
+
 def test_a_class_that_is_only_predicted_in_ignored_voxels_is_empty() -> None:
     ignored = box((6, 6, 6), (0, 0, 3), (6, 6, 3))
     prediction, reference = box((6, 6, 6), (1, 1, 4), (2, 2, 2)), np.zeros((6, 6, 6), dtype=bool)
