@@ -22,6 +22,7 @@ COMMANDS = {
     "autossl_report": "Write everything about a split into one page, or check the page against the files.",
     "autossl_export_model": "Put a final model into one file, to share it.",
     "autossl_install_model": "Put a shared model into the workspace, to predict with it.",
+    "autossl_export_nnunet": "Write a trained run as a model of nnU-Net v2.",
     "autossl_methods": "List the training methods, or show one with its settings.",
     "autossl_benchmark": "Compare methods with their supervised twin, and train what is missing for that.",
     "autossl_demo": "Run everything on a small made-up dataset, in a few minutes.",

@@ -134,7 +134,7 @@ def export_model(request: ExportRequest, on_file: OnFile | None = None) -> Expor
             written=Written.now(),
         )
         write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
-        _write_zip(output, {MANIFEST_FILE: folder / MANIFEST_FILE, **written})
+        write_zip(output, {MANIFEST_FILE: folder / MANIFEST_FILE, **written})
     members = tuple((member.folder.name, member.folds) for member in source.members)
     return ExportResult(output, output.stat().st_size, source.plan.dataset, members, before - after)
 
@@ -176,7 +176,7 @@ def _write_model(folder: Path, source: ModelSource, on_file: OnFile | None) -> i
     return n_bytes
 
 
-def _write_zip(output: Path, files: dict[str, Path]) -> None:
+def write_zip(output: Path, files: dict[str, Path]) -> None:
     """Weights are stored as they are, texts compressed; without the times and rights of the files here."""
     with atomic_write(output) as partial, zipfile.ZipFile(partial, "w") as archive:
         for name, path in files.items():
