@@ -2,12 +2,15 @@
 
 Environment: FAKE_SPECS, a folder with the run.json of every run by name; FAKE_CALLS, a file to add every call to;
 FAKE_FAILS, a method that ends with an error; FAKE_WAITS, a method that trains until it is told to stop.
+FAKE_FINISHED, a folder of finished runs by split and name: a fold is "trained" by copying it from there, step by step,
+and goes on where it was stopped; FAKE_SECONDS, how long a step takes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,6 +22,8 @@ STEPS_PER_SECOND = {"supervised": 10.0, "mean_teacher": 4.0}
 
 def main(words: list[str]) -> int:
     """Trains nothing."""
+    if "FAKE_FINISHED" in os.environ:
+        return copy_fold(words)
     given = {name: words[words.index(name) + 1] for name in words if name.startswith("-") and name != "--resume"}
     dataset, configuration, fold = words[:3]
     method, steps = given["-m"], int(given["--steps"])
@@ -47,6 +52,37 @@ def main(words: list[str]) -> int:
     call = {"words": words, "run": name, "fold": fold, "threads": os.environ.get("OMP_NUM_THREADS")}
     with Path(os.environ["FAKE_CALLS"]).open("a") as file:
         file.write(json.dumps(call | {"from": started, "to": time.time()}) + "\n")
+    return 0
+
+
+def copy_fold(words: list[str]) -> int:
+    """A fold of a finished run, one line of log after the other; SIGTERM ends it after a step."""
+    (dataset, configuration, fold), value = words[:3], lambda name: words[words.index(name) + 1]
+    kind = "deployment" if "--deployment" in words else "benchmark"
+    split = f"{kind}-{value('--labeled')}_draw-{value('--draw')}" if "--labeled" in words else "default"
+    tag = [value("--tag")] if "--tag" in words else []
+    name = "__".join([configuration, value("--preset"), value("-m"), *tag, f"seed-{value('--seed')}"])
+    finished = Path(os.environ["FAKE_FINISHED"]) / split / name
+    target = Path(value("--workspace")) / "results" / dataset / split / name
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    (target / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(finished / "run.json", target / "run.json")
+    log = target / f"fold_{fold}" / "log.jsonl"
+    for step in range(len(log.read_text().splitlines()) if log.is_file() else 0, int(value("--steps"))):
+        if stopped:
+            print("state saved")
+            return 130
+        time.sleep(float(os.environ["FAKE_SECONDS"]))
+        write_log(target, fold, step + 1, value("-m"))
+    for path in sorted(path for path in (finished / f"fold_{fold}").rglob("*") if path.is_file()):
+        copied = target / f"fold_{fold}" / path.relative_to(finished / f"fold_{fold}")
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)
+    for path in (path for path in finished.iterdir() if path.is_file()):
+        shutil.copyfile(path, target / path.name)
+    with Path(os.environ["FAKE_CALLS"]).open("a") as file:
+        file.write(json.dumps({"run": name, "fold": fold, "words": words}) + "\n")
     return 0
 
 

@@ -5,14 +5,13 @@ Each is one call of the function that a command of its own stands for; those are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from autossl.data.files import read_json, write_json
 from autossl.data.provenance import Written
-from autossl.data.runs import FoundRun, RunFilter, read_run
+from autossl.data.runs import FoundRun, RunFilter, RunSpec, find_runs, read_run
 from autossl.pipeline import costs, hidden_test
 from autossl.pipeline.request import ExperimentRequest
 from autossl.pipeline.steps import Estimate, Report, Step
@@ -83,57 +82,48 @@ def _collect(experiment: Experiment, path: Path, report: Report) -> None:
 
 
 def _verdict_step(experiment: Experiment) -> Step:
-    path = experiment.folder / VERDICT
+    runs = competing_runs(experiment)
+    scores = [path for run in runs for path in _scores_of(experiment, run)]
     return Step(
         name="verdict",
-        inputs=(experiment.folder / OUT_OF_FOLD, *summaries(experiment)),
-        outputs=(path,),
-        run=partial(_judge, experiment, path),
-        parameters={"runs": _names(experiment)},
+        inputs=(experiment.folder / OUT_OF_FOLD, *scores),
+        outputs=(experiment.folder / VERDICT,),
+        run=partial(_judge, experiment),
+        parameters={"runs": [run.folder.name for run in runs]},
     )
 
 
-def _judge(experiment: Experiment, path: Path, report: Report) -> None:
+def _judge(experiment: Experiment, report: Report) -> None:
     """Methods against their twins, on the out-of-fold scores."""
-    from autossl.evaluation.selection.choose import Wish
-    from autossl.evaluation.selection.selection import SelectionOptions, score_candidates
-    from autossl.evaluation.verdict import Candidate, Cohort, judge
+    from autossl.evaluation.judge_runs import Competitors, judge_runs
 
-    options = SelectionOptions(experiment.split, tuple(_names(experiment)), Wish(ensemble=False))
-    scored = score_candidates(experiment.workspace, experiment.dataset, experiment.split, options)
-    dice = {candidate.runs[0].folder.name: candidate.dice[None] for candidate in scored.singles}
-
-    def candidates(role: str) -> list[Candidate]:
-        return [
-            Candidate(t.folder.name, dice[t.folder.name], experiment.twin(t.configuration).folder.name)
-            for t in experiment.trainings
-            if t.role == role
-        ]
-
-    equal_time = candidates("equal time")
-    verdict = judge(
-        candidates("method"),
-        candidates("twin"),
-        Cohort(tuple(scored.units), scored.classes),
-        equal_time[0] if len(equal_time) == 1 else None,
-    )
-    content = {
-        "dataset": experiment.dataset,
-        "split": experiment.split,
-        "runs": {t.folder.name: {"role": t.role, "steps": t.spec.total_steps} for t in experiment.trainings},
-        **verdict.model_dump(mode="json"),
-        "written": Written.now().model_dump(mode="json"),
-    }
-    write_json(path, content)
+    names = [run.folder.name for run in competing_runs(experiment)]
+    judge_runs(experiment.workspace, experiment.dataset, experiment.split, Competitors(runs=names))
     report(1, 1, {})
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What the choice needs to know of a verdict."""
+def competing_runs(experiment: Experiment) -> list[FoundRun]:
+    """The runs of the experiment, and finished ones that differ from them in their seed alone.
 
-    word: str
-    sentence: str
+    Several seeds show the training variance, which then enters the interval of the verdict.
+    """
+    ways = {_way(training.spec) for training in experiment.trainings}
+    own = set(_names(experiment))
+    runs = [FoundRun(training.folder, training.spec) for training in experiment.trainings]
+    for run in find_runs(experiment.workspace, experiment.dataset, RunFilter(split=experiment.split)):
+        scored = all(path.is_file() for path in _scores_of(experiment, run))
+        if run.folder.name not in own and _way(run.spec) in ways and scored:
+            runs.append(run)
+    return runs
+
+
+def _way(spec: RunSpec) -> tuple[str, str, str, str | None]:
+    return spec.configuration, spec.preset, spec.method, spec.tag
+
+
+def _scores_of(experiment: Experiment, run: FoundRun) -> list[Path]:
+    folds = experiment.trainings[0].folds
+    return [run.folder / f"fold_{fold}" / "validation" / "summary.json" for fold in folds]
 
 
 def _selection_step(experiment: Experiment) -> Step:
@@ -149,19 +139,16 @@ def _selection_step(experiment: Experiment) -> Step:
 
 def _select(experiment: Experiment, report: Report) -> None:
     """The final model, by the scores and the verdict, or of the method that the user named."""
+    from autossl.evaluation.judge_runs import read_verdict
     from autossl.evaluation.selection.choose import Wish
     from autossl.evaluation.selection.selection import SelectionOptions, find_best_configuration
 
-    judged = None
-    if experiment.methods:
-        verdict = read_json(experiment.folder / VERDICT)
-        judged = Judged(verdict["word"], verdict["sentence"])
     final = experiment.request.final
     options = SelectionOptions(
         split=experiment.split,
         runs=tuple(_names(experiment)),
         wish=Wish(methods=() if final is None else (final,)),
-        verdict=judged,
+        verdict=read_verdict(experiment.folder / VERDICT) if experiment.methods else None,
         device=experiment.device,
     )
     find_best_configuration(
@@ -296,4 +283,7 @@ def _report_step(experiment: Experiment, made: tuple[Path, ...]) -> Step:
 
 def _write_report(experiment: Experiment, report: Report) -> None:
     """One page with all of it."""
-    raise NotImplementedError
+    from autossl.evaluation.report.report import write_report
+
+    place = (experiment.workspace, experiment.dataset, experiment.split)
+    write_report(*place, progress=lambda part, done, total: report(done, total, {}))

@@ -5,9 +5,7 @@ Nothing is chosen by these figures. They stand beside the out-of-fold verdict, t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ from autossl.data.raw_dataset import Case
 from autossl.data.runs import RunFilter
 from autossl.evaluation.benchmark.results import dice_of
 from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
-from autossl.evaluation.metrics import mean_of_defined
-from autossl.evaluation.statistics import PairedSample, compare_paired
+from autossl.evaluation.verdict import Candidate, Cohort, judge
 from autossl.inference.predict import PredictRequest, predict
 from autossl.pipeline.steps import Report
 from autossl.pipeline.trainings import Experiment, Training
@@ -29,9 +26,11 @@ FOLDER = "hidden_test"
 FINAL = "final"
 IMAGES = "images"
 SUMMARY = "summary.json"
+FIGURES = ("word", "estimate", "low", "high", "n_patients", "wins", "ties", "losses")
+"""Of a verdict's figures."""
 WHAT = (
-    "cases of a deployment split that no training, choice or threshold has seen; each run predicts with the ensemble of "
-    "its folds. Nothing was chosen by these figures"
+    "cases of a deployment split that no training, choice or threshold has seen. Each run predicts with the folds of "
+    "its ensemble; nothing was chosen by these figures"
 )
 
 
@@ -121,7 +120,7 @@ def hidden_lines(content: Mapping[str, Any]) -> list[str]:
         line = f"  {name}: {_figure(model['mean_dice'])}"
         if name in against:
             found = against[name]
-            line += f", {_points(found['estimate'])} points to {found['twin']}"
+            line += f", {_points(found['estimate'])} points to {found['twin']}: {found['word']}"
             line += (
                 f" ({_points(found['low'])} to {_points(found['high'])}), {found['wins']} wins, {found['ties']} ties"
             )
@@ -168,7 +167,9 @@ def _final_against(
 def compared(
     first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]], patients: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Mean paired difference of Dice, first minus second, over all classes and per class, with intervals over patients.
+    """Mean paired difference of Dice, first minus second, with its interval and its word, as in a verdict.
+
+    One model on each side, so nothing was chosen; and one training of each, whose variance is not in the interval.
 
     Args:
         first: Case → class → Dice; NaN where it is undefined.
@@ -176,20 +177,16 @@ def compared(
         patients: Case → patient.
     """
     cases = sorted(set(first) & set(second))
-    classes = list(first[cases[0]]) if cases else []
-    differences = np.array([[[first[case][name] - second[case][name] for name in classes] for case in cases]])
-    rows = tuple(("hidden test", patients[case]) for case in cases)
-    per_case = np.array([mean_of_defined(values)[0] for values in differences[0]])
+    classes = tuple(first[cases[0]]) if cases else ()
+
+    def candidate(name: str, dice: Mapping[str, Mapping[str, float]]) -> Candidate:
+        return Candidate(name, np.array([[[dice[case][of] for of in classes] for case in cases]], dtype=np.float64))
+
+    cohort = Cohort(tuple((FOLDER, patients[case]) for case in cases), classes)
+    verdict = judge([candidate("first", first)], [candidate("second", second)], cohort)
+    kept = set(FIGURES)
     return {
-        **_comparison(differences, rows),
-        "n_patients": len(set(rows)),
-        "wins": int(np.sum(per_case > 0)),
-        "ties": int(np.sum(per_case == 0)),
-        "losses": int(np.sum(per_case < 0)),
-        "per_class": {name: _comparison(differences[:, :, [index]], rows) for index, name in enumerate(classes)},
+        **verdict.model_dump(mode="json", include=kept),
+        "p_wilcoxon": verdict.comparisons[0].p_wilcoxon,
+        "per_class": {name: figure.model_dump(mode="json", include=kept) for name, figure in verdict.per_class.items()},
     }
-
-
-def _comparison(differences: Any, rows: tuple[tuple[str, str], ...]) -> dict[str, float | None]:
-    found = asdict(compare_paired(PairedSample(differences, (("one", "hidden test"),), rows)))
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
