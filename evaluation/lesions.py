@@ -72,11 +72,12 @@ def _components(mask: Mask) -> tuple[npt.NDArray[np.integer], int]:
 def _overlaps(predicted: npt.NDArray[np.integer], true: npt.NDArray[np.integer]) -> list[tuple[int, int, float]]:
     """Components that share a voxel and their IoU, largest first; equal ones in the order of their numbers."""
     common = (predicted > 0) & (true > 0)
-    pairs = np.stack([predicted[common], true[common]], axis=1).astype(np.int64)
-    pairs, shared = np.unique(pairs, axis=0, return_counts=True)
+    n = int(true.max(initial=0)) + 1
+    # a pair as one number: sorting numbers is many times faster than sorting rows
+    codes, shared = np.unique(predicted[common].astype(np.int64) * n + true[common], return_counts=True)
     sizes, true_sizes = (np.bincount(components.ravel()) for components in (predicted, true))
     overlaps = [
-        (int(own), int(other), int(n) / int(sizes[own] + true_sizes[other] - n))
-        for (own, other), n in zip(pairs, shared, strict=True)
+        (own, other, count / int(sizes[own] + true_sizes[other] - count))
+        for (own, other), count in zip((divmod(int(code), n) for code in codes), shared.tolist(), strict=True)
     ]
     return sorted(overlaps, key=lambda overlap: (-overlap[2], overlap[0], overlap[1]))
