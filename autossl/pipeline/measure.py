@@ -79,7 +79,7 @@ def measure_all(setups: Sequence[RunSetup], path: Path, on_done: OnMeasured | No
             with ProcessPoolExecutor(1, mp_context=spawned) as pool:
                 speed = pool.submit(measure_request, setup.request).result()
             kept[speed.key] = speed
-            write_json(path, {"speeds": [asdict(speed) for speed in kept.values()]})
+            write_speeds(path, list(kept.values()))
         if on_done is not None:
             on_done(number, len(setups), {})
     return [kept[speed_key(setup)] for setup in setups]
@@ -88,6 +88,11 @@ def measure_all(setups: Sequence[RunSetup], path: Path, on_done: OnMeasured | No
 def read_speeds(path: Path) -> list[Speed]:
     """What was measured before."""
     return [Speed(**entry) for entry in read_json(path)["speeds"]] if path.is_file() else []
+
+
+def write_speeds(path: Path, speeds: Sequence[Speed]) -> None:
+    """Keeps what was measured."""
+    write_json(path, {"speeds": [asdict(speed) for speed in speeds]})
 
 
 def measure_request(request: TrainRequest) -> Speed:
