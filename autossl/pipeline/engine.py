@@ -26,7 +26,7 @@ from autossl.pipeline.steps import Ledger, Report, Step, check_order, file_name,
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S, REPORT_EVERY_S = 0.2, 2.0
+LOOK_EVERY_S, REPORT_EVERY_S, ESTIMATE_EVERY_S = 0.2, 2.0, 30.0
 TAIL_LINES = 15
 
 
@@ -136,7 +136,8 @@ class _Course:
         self._failed: list[str] = []
         self._blocked: set[Path] = set()
         """Folders in which a command failed."""
-        self._reported = -REPORT_EVERY_S
+        self._reported = self._estimated = time.monotonic() - ESTIMATE_EVERY_S
+        self._seconds_left: float | None = None
 
     def run(self) -> None:
         """To the end, or to the first function that would need a command that failed."""
@@ -290,13 +291,15 @@ class _Course:
         total: int = 0,
         figures: Mapping[str, float] | None = None,
     ) -> None:
-        left = [other for _, other in self._waiting] + [running.step for running in self._running]
-        if state in ("started", "going on") and step not in left:
-            left.append(step)
-        seconds = total_of([other.estimate().seconds for other in left])
-        if seconds is not None:
-            seconds /= len(self._devices)
-        self._on_event(Event(step, number, len(self._steps), state, done, total, figures or {}, seconds))
+        due = time.monotonic() - self._estimated >= ESTIMATE_EVERY_S
+        if state in ("started", "done") or due:  # it reads many files
+            self._estimated = time.monotonic()
+            left = [other for _, other in self._waiting] + [running.step for running in self._running]
+            if state in ("started", "going on") and step not in left:
+                left.append(step)
+            seconds = total_of([other.estimate().seconds for other in left])
+            self._seconds_left = None if seconds is None else seconds / len(self._devices)
+        self._on_event(Event(step, number, len(self._steps), state, done, total, figures or {}, self._seconds_left))
 
 
 def child_words(pipe: int, words: Sequence[str]) -> list[str]:
