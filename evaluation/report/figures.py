@@ -56,7 +56,7 @@ def interval_figure(rows: Sequence[IntervalRow], axis: str, what: str, zero: boo
         zero: Whether the axis holds zero, with a line there.
     """
     values = [value for row in rows for value in (row.estimate, row.low, row.high)]
-    scale = scale_for(values, LEFT, WIDTH - RIGHT, (0.0,) if zero else ())
+    scale = scale_for(values, LEFT, WIDTH - RIGHT, (-1e-9, 1e-9) if zero else ())
     bottom = 4 + ROW * len(rows)
     parts = axis_below(scale, bottom, 4, axis)
     if zero:
@@ -120,7 +120,7 @@ def differences_figure(differences: Mapping[str, float], axis: str, what: str) -
     """
     ordered = sorted(differences.items(), key=lambda item: (item[1], item[0]))
     height, left = 170, 44
-    scale = scale_for([value for _, value in ordered], height - 8, 8, (0.0,))
+    scale = scale_for([value for _, value in ordered], height - 8, 8, (-1e-9, 1e-9))
     step = (WIDTH - RIGHT - left) / max(1, len(ordered))
     parts = []
     for tick in round_ticks(scale.low, scale.high, 4):

@@ -19,10 +19,12 @@ from autossl.evaluation.report.model import (
     VerdictPart,
 )
 from autossl.evaluation.report.place import HIDDEN_TEST, LABEL_NEXT, PLAN, POSTPROCESSING, SELECTION, VERDICT, Place
-from autossl.evaluation.report.scores import differences_per_case
+from autossl.evaluation.report.scores import differences_per_case, folders_of
 from autossl.evaluation.report.sources import COMPUTED, Form, Traced, pointer
 from autossl.inference.postprocess import Rule
 
+POSTPROCESSED = ", postprocessed"
+"""In the name of a candidate of a verdict: with its rules."""
 RANKED_SHOWN = 30
 """Lines of the list of cases to label; the file has all."""
 
@@ -77,9 +79,15 @@ def gather_verdict(place: Place) -> VerdictPart | None:
     if not file.there:
         return None
     chosen, against = str(file.get("chosen")), str(file.get("against"))
-    per_case, source = differences_per_case(place, file.get("runs") or {}, chosen, against)
+    runs: Mapping[str, Any] = file.get("runs") or {}
+    per_case, source = differences_per_case(place, runs, chosen, against)
+
+    def named(name: str) -> str:
+        folders = folders_of(runs, name)
+        return place.named(folders[0]) if len(folders) == 1 and POSTPROCESSED not in name else name
+
     comparisons = [
-        file.difference(place.named(entry["name"]), place.named(entry["against"]), "comparisons", number)
+        file.difference(named(entry["name"]), named(entry["against"]), "comparisons", number)
         for number, entry in enumerate(file.get("comparisons") or ())
     ]
     equal = file.get("equal_time")
@@ -88,16 +96,12 @@ def gather_verdict(place: Place) -> VerdictPart | None:
         sentence=file("sentence"),
         notes=file.all("notes"),
         level=file("level", form="percent"),
-        overall=file.difference("all classes", place.named(against)),
-        classes=tuple(
-            file.difference(name, place.named(against), "per_class", name) for name in file.get("per_class") or ()
-        ),
+        overall=file.difference("all classes", named(against)),
+        classes=tuple(file.difference(name, named(against), "per_class", name) for name in file.get("per_class") or ()),
         comparisons=tuple(comparisons),
-        equal_time=file.difference(place.named(equal["name"]), place.named(equal["against"]), "equal_time")
-        if equal
-        else None,
-        chosen=place.named(chosen),
-        against=place.named(against),
+        equal_time=file.difference(named(equal["name"]), named(equal["against"]), "equal_time") if equal else None,
+        chosen=named(chosen),
+        against=named(against),
         n_folds=file("n_folds", form="count"),
         n_seeds=file("n_seeds", form="count"),
         n_resamples=file("n_resamples", form="count"),

@@ -28,11 +28,12 @@ PAGE, STYLE, SCRIPT = "page.html.jinja", "style.css", "page.js"
 POINTS = 100
 """Dice points in a Dice of 1."""
 WORDS = {
-    "helped": ("good", "▲", "The unlabeled scans helped"),
-    "no evidence": ("neutral", "●", "No evidence that the unlabeled scans helped"),
-    "hurt": ("bad", "▼", "The unlabeled scans hurt"),
-    "too few to tell": ("unsure", "?", "Too few patients to tell"),
+    "helped": ("good", "▲"),
+    "no evidence": ("neutral", "●"),
+    "hurt": ("bad", "▼"),
+    "too few to tell": ("unsure", "?"),
 }
+"""Of the verdict → its tone and sign: never color alone."""
 METRIC_NAMES = {
     "dice": "Dice",
     "iou": "IoU",
@@ -111,7 +112,7 @@ def charts(report: Report, place: Place) -> Iterable[Chart]:
     if report.hidden is not None and report.hidden.to_twin:
         rows = [_interval(entry, f"{entry.name} against {entry.against}") for entry in report.hidden.to_twin]
         drawing = interval_figure(rows, AXIS_POINTS, "differences on the hidden test set with their intervals")
-        yield Chart("hidden", drawing, "On the hidden test set.", place.result(HIDDEN_TEST))
+        yield Chart("hidden", drawing, "On the hidden test set", place.result(HIDDEN_TEST))
     if report.scores is not None:
         sources = f"{report.scores.runs[0].folder.rsplit('/', 1)[0]}/*/fold_*/validation/summary.json"
         for name in report.scores.classes:
@@ -125,12 +126,12 @@ def charts(report: Report, place: Place) -> Iterable[Chart]:
             for one in report.selection.candidates
         ]
         drawing = interval_figure(candidates, "pooled Dice", "candidates with their intervals", zero=False)
-        yield Chart("candidates", drawing, "Every candidate; the chosen one is drawn strong.", place.result(SELECTION))
+        yield Chart("candidates", drawing, "Every candidate, the chosen one in bold", place.result(SELECTION))
     if report.data is not None:
         for channel, groups in report.data.intensities.items():
             what = f"box plots of the median intensity of channel {channel}, labeled and unlabeled"
             drawing = box_figure(groups, "median intensity of a case", what)
-            yield Chart(f"intensity {channel}", drawing, f"Channel {channel}.", report.data.source)
+            yield Chart(f"intensity {channel}", drawing, f"Channel {channel}", report.data.source)
     for row in report.curves:
         curves = {f"fold {fold}": points for fold, points in row.curves.items() if points}
         if curves:
@@ -148,17 +149,17 @@ def _verdict_charts(report: Report, place: Place) -> Iterable[Chart]:
         *(_interval(row, row.name) for row in verdict.classes),
     ]
     drawing = interval_figure(rows, AXIS_POINTS, "difference in Dice with its interval, overall and per class")
-    yield Chart("verdict", drawing, f"{verdict.chosen} minus {verdict.against}.", source)
+    yield Chart("verdict", drawing, f"{verdict.chosen} minus {verdict.against}", source)
     if verdict.per_case:
         values = {case: POINTS * own[0] for case, own in verdict.per_case.items()}
         what = f"difference in Dice of each case, {verdict.chosen} minus {verdict.against}"
         drawing = differences_figure(values, f"cases, sorted; {verdict.chosen} minus {verdict.against}, points", what)
-        yield Chart("per case", drawing, "One stem per case.", verdict.per_case_source)
+        yield Chart("per case", drawing, "Difference per case", verdict.per_case_source)
     several = [*verdict.comparisons, *([verdict.equal_time] if verdict.equal_time is not None else [])]
     if len(several) > 1:
         rows = [_interval(entry, f"{entry.name} against {entry.against}") for entry in several]
         drawing = interval_figure(rows, AXIS_POINTS, "differences of every candidate to its twin")
-        yield Chart("comparisons", drawing, "Every candidate and its twin.", source)
+        yield Chart("comparisons", drawing, "Every candidate against its twin", source)
 
 
 def _interval(row: Difference, name: str, strong: bool = False) -> IntervalRow:

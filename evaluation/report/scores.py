@@ -111,7 +111,7 @@ def differences_per_case(
 
     Args:
         place: Of the runs.
-        runs: As verdict.json holds them: candidate → folders of its runs below results/, or run folder → its facts.
+        runs: As verdict.json holds them: candidate → "folders" of its runs below results/, one per seed.
         one: A candidate.
         other: Another one.
     """
@@ -140,10 +140,8 @@ def dice_of_run(place: Place, run: FoundRun) -> dict[str, dict[str, float | None
 
 def folders_of(runs: Mapping[str, Any], name: str) -> list[str]:
     """Names of a candidate's run folders, as the entry "runs" of a verdict has them."""
-    entry = runs.get(name)
-    if isinstance(entry, list | tuple):
-        return [str(folder).rsplit("/", 1)[-1] for folder in entry]
-    return [name] if isinstance(entry, dict) else []
+    folders = (runs.get(name) or {}).get("folders") or ()
+    return [str(folder).rsplit("/", 1)[-1] for folder in folders]
 
 
 def _run_scores(place: Place, run: FoundRun, classes: Sequence[str], metrics: Sequence[str]) -> RunScores:

@@ -63,7 +63,8 @@ def scale_for(
         return Scale(min(known) / 1.3, max(known) * 1.3, start, end, True)
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     margin = 0.06 * (high - low) or max(abs(high), 1e-3) * 0.1
-    return Scale(low - margin, high + margin, start, end)
+    floor = low == 0 and 0.0 in include  # what cannot be below zero begins there
+    return Scale(0.0 if floor else low - margin, high + margin, start, end)
 
 
 def number(value: float) -> str:
@@ -73,7 +74,7 @@ def number(value: float) -> str:
 
 def tick_text(value: float) -> str:
     """A label of an axis."""
-    text = f"{value:.10g}" if abs(value) < 1e5 else f"{value:.0e}".replace("e+0", "e")
+    text = f"{value:.10g}" if abs(value) < 1000 else f"{value:,.0f}"
     return text.replace("-", "−")
 
 

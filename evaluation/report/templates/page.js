@@ -37,7 +37,8 @@
     button.addEventListener("click", () => {
       const figure = button.closest("figure");
       const caption = figure.querySelector("figcaption");
-      stage.replaceChildren(button.querySelector("svg").cloneNode(true), caption.cloneNode(true));
+      const drawing = button.querySelector("svg").cloneNode(true);
+      stage.replaceChildren(drawing, caption.cloneNode(true));
       viewer.className = figure.classList.contains("picture") ? "picture" : "chart";
       viewer.showModal();
     });
