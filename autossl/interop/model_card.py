@@ -126,7 +126,12 @@ def _scores(facts: CardFacts) -> list[str]:
             lines.append(f"| class | mean Dice | cases |\n| --- | ---: | ---: |\n{rows}")
     if not lines:
         return ["Not known: no out-of-fold scores lay beside the weights."]
-    return [*lines, "Out-of-fold scores share training cases between folds, and the model was chosen by them."]
+    notes = []
+    if any(len(member.folds) > 1 for member in facts.members):
+        notes.append("The folds share training cases, so that their scores are correlated.")
+    if facts.plan.dice is not None:
+        notes.append("The model was chosen by these scores, which are somewhat too high for that.")
+    return [*lines, " ".join(notes)]
 
 
 def _data(facts: CardFacts) -> list[str]:
@@ -166,10 +171,10 @@ def _fingerprint_lines(fingerprint: Fingerprint) -> list[str]:
         ]
         if volumes:
             lines.append(f"- {name}: in {len(volumes)} labeled cases, median {median(volumes):.3g} mL.")
-    for channel, values in fingerprint.foreground_intensity_properties_per_channel.items():
+    for channel, known in fingerprint.foreground_intensity_properties_per_channel.items():
         name = fingerprint.channel_names.get(int(channel), channel)
-        low, middle, high = values.percentile_00_5, values.median, values.percentile_99_5
-        lines.append(f"- Intensity of {name} in the labeled structures: median {middle:g}, mostly {low:g} to {high:g}.")
+        span = f"median {known.median:.4g}, mostly {known.percentile_00_5:.4g} to {known.percentile_99_5:.4g}"
+        lines.append(f"- Intensity of {name} in the labeled structures: {span}.")
     return lines
 
 

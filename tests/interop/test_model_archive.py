@@ -218,6 +218,48 @@ def test_the_card_says_what_a_user_needs_to_know(tmp_path: Path) -> None:
         assert part in card, part
 
 
+def test_the_card_has_the_data_in_figures(tmp_path: Path) -> None:
+    trained(tmp_path)
+    case = {
+        "pool": "labeled",
+        "files": {},
+        "spacing_zyx_mm": (2, 1, 1),
+        "shape_zyx": (10, 20, 30),
+        "shape_after_crop_zyx": (10, 20, 30),
+        "relative_size_after_crop": 1,
+        "intensity_quantiles": (),
+        "class_voxels": {"organ": 500},
+        "components": {},
+        "ellipticity": {},
+        "voxel_hash": "",
+        "robust_hash": "",
+    }
+    other = case | {"pool": "unlabeled", "spacing_zyx_mm": (4, 1, 1), "class_voxels": {}}
+    intensity = {"mean": 0, "std": 1, "min": -9, "max": 9, "median": 3, "percentile_00_5": -1, "percentile_99_5": 8}
+    content = {
+        "version": 1,
+        "dataset_name": DATASET,
+        "orientation": "RAS",
+        "channel_names": {0: "MR"},
+        "remap_labels": {},
+        "labels": {"background": [0], "organ": [1], "tumor": [5]},
+        "cases": {CASE: case, "hidden_1": other},
+        "foreground_intensity_properties_per_channel": {"0": intensity},
+        "duplicates": [],
+        "domain_shift": [],
+        "median_relative_size_after_cropping": 1,
+    }
+    write_json(tmp_path / "there" / "preprocessed" / DATASET / "fingerprint.json", content)
+    exported(tmp_path, "Tiny")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        card = archive.read("model_card.md").decode()
+    assert "1 labeled, 1 unlabeled cases" in card
+    assert "Voxel spacing in mm: median 3 × 1 × 1; 2 to 4, 1 to 1, 1 to 1." in card
+    assert "organ: in 1 labeled cases, median 1 mL." in card
+    assert "Intensity of MR in the labeled structures: median 3, mostly -1 to 8." in card
+    assert CASE not in card
+
+
 @pytest.mark.parametrize(
     ("text", "public"),
     [
