@@ -71,8 +71,8 @@ def reliability(
     bins = np.clip((flat * n_bins + 1e-6).astype(np.intp), 0, n_bins - 1)
     return Reliability(
         counts=np.bincount(bins, minlength=n_bins).astype(np.float64),
-        probability_sums=np.bincount(bins, weights=flat, minlength=n_bins),
-        hits=np.bincount(bins, weights=inside.ravel(), minlength=n_bins),
+        probability_sums=np.bincount(bins, weights=flat, minlength=n_bins).astype(np.float64),
+        hits=np.bincount(bins, weights=inside.ravel(), minlength=n_bins).astype(np.float64),
     )
 
 
@@ -106,6 +106,7 @@ def calibration_per_class(
                 continue
             true = reference[(rows, *plane)]
             counted = np.full(true.shape, True) if schema.ignore_label is None else true != schema.ignore_label
-            own = probabilities[(number, slice(rows.start - start, rows.stop - start), *plane)]
+            own_rows = probabilities[number, rows.start - start : rows.stop - start]
+            own = own_rows[(slice(None), *plane)]
             seen[name] += reliability(own[counted], np.isin(true, values)[counted])
     return {name: found.error for name, found in seen.items()}

@@ -39,10 +39,10 @@ def class_masks(prediction: LabelMap, reference: LabelMap, schema: LabelSchema) 
     """
     boxes = [_boxes_of_values(label_map, max(schema.values)) for label_map in (prediction, reference)]
     for name, values in schema.foreground.items():
-        own = [found[value] for found in boxes for value in values if found[value] is not None]
-        box = _grown(own, prediction.shape)
-        ignored = None if schema.ignore_label is None else reference[box] == schema.ignore_label
-        yield name, ClassMasks(_mask(prediction[box], values), _mask(reference[box], values), ignored, box)
+        own = [box for found in boxes for value in values if (box := found[value]) is not None]
+        around = _grown(own, prediction.shape)
+        ignored = None if schema.ignore_label is None else reference[around] == schema.ignore_label
+        yield name, ClassMasks(_mask(prediction[around], values), _mask(reference[around], values), ignored, around)
 
 
 def box_around(array: npt.NDArray[Any]) -> Box:
