@@ -43,6 +43,9 @@ def test_the_wheel_holds_every_module_of_the_tree_and_no_other(wheel: Path) -> N
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if name.endswith(".py")} == modules_in_tree()
     assert "autossl/py.typed" in names
+    templates = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("evaluation/**/templates/*")}
+    assert len(templates) >= 3
+    assert {f"autossl/{name}" for name in templates} <= names
     assert {name.split("/")[0] for name in names} == {
         "autossl",
         next(n for n in names if "dist-info" in n).split("/")[0],
