@@ -137,11 +137,11 @@ class _MadeUp:
         setup, streams = self._setup, self._setup.streams(self._fold)
         shape, schema = made_up_shape(setup), setup.schema
         labeled, unlabeled = streams.labeled[:N_CASES], streams.unlabeled[:N_CASES]
-        for case in (*labeled, *unlabeled):
+        for name in [case.id for case in labeled] + [case.id for case in unlabeled]:
             channels = setup.configuration.n_channels
             image = self._generator.standard_normal((channels, *shape), dtype=np.float32)
-            write_array(self._store.image_path(case.id), image, sync=False)
-            write_array(self._store.nonzero_path(case.id), np.ones(shape, dtype=bool), sync=False)
+            write_array(self._store.image_path(name), image, sync=False)
+            write_array(self._store.nonzero_path(name), np.ones(shape, dtype=bool), sync=False)
         for case in labeled:
             label = made_up_label(shape, schema)
             located = {name: np.argwhere(mask)[::7] for name, mask in schema.class_masks(label).items()}

@@ -19,6 +19,7 @@ from autossl.pipeline.experiment import dry_run
 from autossl.pipeline.measure import Speed, speed_key
 from autossl.pipeline.recommend import RECOMMENDED_METHODS, recommended_configurations, recommended_methods
 from autossl.pipeline.request import ExperimentRequest
+from autossl.pipeline.trainings import Experiment
 from autossl.planners.plans import Plans
 from autossl.trainers.setup import RunSetup
 from toys import toy_architecture, toy_configuration
@@ -111,14 +112,25 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_hours_are_decided_once(workspace: Workspace, speeds: list[str]) -> None:
-    request = replace(base_request(workspace.root), steps=None, hours=1.0)
-    steps = [training.spec.total_steps for training in arrange(request).trainings]
+    request = replace(base_request(workspace.root), steps=None, hours=0.1)
+    first = arrange(request)
     assert speeds == ["supervised", "mean_teacher"]
-    seconds = steps[0] * 3 * (0.1 + 0.25)
-    assert 0.9 * 3600 < seconds <= 0.95 * 3600
-    assert [training.spec.total_steps for training in arrange(request).trainings] == steps
+    assert [training.role for training in first.trainings] == ["twin", "method"]
+    assert 0.9 * 360 < seconds_of(first) <= 0.95 * 360
+    again = arrange(request)
+    assert [training.spec.total_steps for training in again.trainings] == [first.trainings[0].spec.total_steps] * 2
     assert len(speeds) == 2
-    assert arrange(replace(request, hours=2.0)).trainings[0].spec.total_steps > 1.9 * steps[0]
+    planned = first.trainings[0].setup.plans.semi_supervised.total_steps
+    enough = arrange(replace(request, hours=planned * 2.5 / 3600))  # a step of all folds of all three takes 1.8 s
+    assert [training.role for training in enough.trainings] == ["twin", "method", "equal time"]
+    assert enough.trainings[0].spec.total_steps >= planned
+    assert seconds_of(enough) <= 0.95 * planned * 2.5
+
+
+def seconds_of(experiment: Experiment) -> float:
+    """Three folds of every run, by the made-up speeds."""
+    per_step = {"supervised": 0.1, "mean_teacher": 0.25}
+    return sum(3 * training.spec.total_steps * per_step[training.method] for training in experiment.trainings)
 
 
 def test_equal_time_is_a_longer_supervised_run(workspace: Workspace, speeds: list[str]) -> None:
