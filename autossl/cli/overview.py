@@ -9,6 +9,7 @@ from autossl.version import __version__
 
 COMMANDS = {
     "autossl_run": "Everything from the raw folder to the final model and its report, resumable.",
+    "autossl_convert": "Turn a dataset of another layout (Decathlon, BIDS, h5) into a raw dataset.",
     "autossl_plan_and_preprocess": "Measure a dataset, plan its configurations, and preprocess its cases.",
     "autossl_train": "Train a method on folds of a planned dataset.",
     "autossl_find_best_configuration": "Choose the final model among trained runs and their ensembles.",
@@ -23,6 +24,7 @@ COMMANDS = {
     "autossl_export_model": "Put a final model into one file, to share it.",
     "autossl_install_model": "Put a shared model into the workspace, to predict with it.",
     "autossl_export_nnunet": "Write a trained run as a model of nnU-Net v2.",
+    "autossl_import_nnunet": "Make a run of a trained nnU-Net v2 model.",
     "autossl_methods": "List the training methods, or show one with its settings.",
     "autossl_benchmark": "Compare methods with their supervised twin, and train what is missing for that.",
     "autossl_demo": "Run everything on a small made-up dataset, in a few minutes.",

@@ -40,6 +40,8 @@ class Limits:
 
     entries: int
     directory_bytes: int
+    unpacked_bytes: int = MAX_TEXT_BYTES
+    """Of all compressed entries together."""
 
 
 ARCHIVE = Limits(2000, 1 << 20)
@@ -54,15 +56,21 @@ class ArchiveFile:
     name: str
     n_bytes: int
     """Unpacked."""
+    n_packed: int
+    """In the archive."""
 
 
 @contextmanager
-def open_archive(path: Path, allowed: Callable[[str], bool]) -> Iterator[tuple[zipfile.ZipFile, list[ArchiveFile]]]:
+def open_archive(
+    path: Path, allowed: Callable[[str], bool], limits: Limits = ARCHIVE
+) -> Iterator[tuple[zipfile.ZipFile, list[ArchiveFile]]]:
     """An archive whose every entry was checked, and its files.
 
     Args:
         path: of the zip file.
-        allowed: whether a file of this name (with "/" between its parts) belongs into such an archive.
+        allowed: whether a file of this name (with "/" between its parts), or a folder (with one at its end), belongs
+            into such an archive.
+        limits: of its directory.
 
     Raises:
         InvalidInput: no zip file, cut off, larger than it may be, or with entries that are not allowed; all are named.
@@ -71,14 +79,21 @@ def open_archive(path: Path, allowed: Callable[[str], bool]) -> Iterator[tuple[z
     if not path.is_file():
         raise InvalidInput(Problem("there is no such file", _WHOLE, "check the path", file=path))
     size = path.stat().st_size
-    _check_directory(path, size, ARCHIVE)
+    _check_directory(path, size, limits)
     with _opened(path) as archive:
         entries = archive.infolist()
-        faults = _directory_faults(entries, size, ARCHIVE)
+        faults = _directory_faults(entries, size, limits)
         faults += [fault for entry in entries for fault in _faults(entry, allowed)]
         if faults:
             raise InvalidInput([Problem(found, expected, REFUSE, file=path) for found, expected in faults])
-        yield archive, [ArchiveFile(entry.filename, entry.file_size) for entry in entries]
+        yield (
+            archive,
+            [
+                ArchiveFile(entry.filename, entry.file_size, entry.compress_size)
+                for entry in entries
+                if not entry.is_dir()
+            ],
+        )
 
 
 def read_text(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -177,8 +192,8 @@ def _directory_faults(entries: Sequence[zipfile.ZipInfo], size: int, limits: Lim
     if len(entries) > limits.entries:
         faults.append((f"{len(entries):,} files", f"at most {limits.entries:,}"))
     unpacked = sum(entry.file_size for entry in entries if entry.compress_type != zipfile.ZIP_STORED)
-    if unpacked > MAX_TEXT_BYTES:
-        faults.append((f"compressed files that unpack to {unpacked:,} bytes", f"at most {MAX_TEXT_BYTES:,}"))
+    if unpacked > limits.unpacked_bytes:
+        faults.append((f"compressed files that unpack to {unpacked:,} bytes", f"at most {limits.unpacked_bytes:,}"))
     seen: set[str] = set()
     for entry in entries:
         if entry.filename.casefold() in seen:
@@ -196,7 +211,7 @@ def _faults(entry: zipfile.ZipInfo, allowed: Callable[[str], bool]) -> Iterator[
     mode = entry.external_attr >> 16
     if entry.orig_filename != entry.filename or not allowed(entry.filename):
         yield f"a file {entry.orig_filename!r}", "only the files of a model, below the archive's own folder"
-    if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+    if stat.S_IFMT(mode) not in (0, stat.S_IFDIR if entry.is_dir() else stat.S_IFREG):
         yield f"{entry.filename!r} is a link or a device", "plain files"
     if entry.compress_type not in METHODS or entry.flag_bits & _ENCRYPTED:
         yield f"{entry.filename!r} is encrypted or compressed in an unusual way", "stored or deflated files"

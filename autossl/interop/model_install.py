@@ -91,12 +91,12 @@ def install_model(request: InstallRequest, on_file: OnFile | None = None) -> Ins
         target = Workspace.locate(request.workspace).results_folder(manifest.dataset) / name
         if _is_installed(target, manifest, request.overwrite):
             return _result(target, read_inference_plan(target / INFERENCE_PLAN_FILE), already=True)
-        with _staging(target.parent, sum(file.n_bytes for file in files)) as staging:
+        with staging_folder(target.parent, sum(file.n_bytes for file in files)) as staging:
             staged = Workspace(staging).results_folder(manifest.dataset) / name
             with _as_the_archives(archive, staged):
                 _unpack_all(content, manifest, staged, on_file)
                 plan = _check_model(staging, staged, manifest, name)
-            _move(staged, target, staging / "replaced")
+            move_into_place(staged, target, staging / "replaced")
     return _result(target, plan)
 
 
@@ -171,7 +171,7 @@ def _is_installed(target: Path, manifest: Manifest, overwrite: bool) -> bool:
 
 
 @contextmanager
-def _staging(dataset_folder: Path, n_bytes: int) -> Iterator[Path]:
+def staging_folder(dataset_folder: Path, n_bytes: int) -> Iterator[Path]:
     """A folder on the target's disk that goes again, with the folders that were made for it where nothing came."""
     made = [folder for folder in (dataset_folder, *dataset_folder.parents) if not folder.exists()]
     dataset_folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +255,7 @@ def _check_model(staging: Path, staged: Path, manifest: Manifest, name: str) -> 
     return plan
 
 
-def _move(staged: Path, target: Path, aside: Path) -> None:
+def move_into_place(staged: Path, target: Path, aside: Path) -> None:
     """One rename; an installed model that is replaced goes aside before, and comes back where that fails."""
     replaced = target.exists()
     if replaced:
