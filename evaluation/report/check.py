@@ -204,7 +204,7 @@ def rescore(place: Place, progress: Progress | None = None) -> tuple[int, list[P
 def options_of(summary: Mapping[str, Any], remap: Mapping[int, int]) -> EvaluationOptions:
     """What a summary.json was scored with."""
     surfaces = summary.get("surfaces") or {}
-    metrics = next(iter(next(iter(summary["cases"].values()), {"": {}}).values()), {})
+    metrics: Mapping[str, Any] = next(iter(next(iter(summary["cases"].values()), {"": {}}).values()), {})
     settings: dict[str, Any] = {}
     if surfaces:
         settings = {"tolerance_mm": surfaces["nsd_tolerance"], "surface_convention": surfaces["convention"]}

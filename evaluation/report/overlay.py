@@ -133,10 +133,10 @@ def _prediction_of(run: FoundRun, case: Case) -> Path | None:
 
 def _window(shown: Mask, shape: Sequence[int]) -> tuple[slice, slice]:
     """Rows and columns around everything that is labeled in the case; all of them where nothing is."""
-    plane = shown.any(axis=0)
+    plane: Mask = np.any(shown, axis=0)
     slices = []
     for axis, size in ((0, shape[1]), (1, shape[2])):
-        where = np.flatnonzero(plane.any(axis=1 - axis))
+        where = np.flatnonzero(np.any(plane, axis=(1 - axis,)))
         if not len(where):
             slices.append(slice(0, size))
             continue

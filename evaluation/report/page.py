@@ -128,9 +128,9 @@ def charts(report: Report, place: Place) -> Iterable[Chart]:
         drawing = interval_figure(candidates, "pooled Dice", "candidates with their intervals", zero=False)
         yield Chart("candidates", drawing, "Every candidate, the chosen one in bold", place.result(SELECTION))
     if report.data is not None:
-        for channel, groups in report.data.intensities.items():
+        for channel, pools in report.data.intensities.items():
             what = f"box plots of the median intensity of channel {channel}, labeled and unlabeled"
-            drawing = box_figure(groups, "median intensity of a case", what)
+            drawing = box_figure(pools, "median intensity of a case", what)
             yield Chart(f"intensity {channel}", drawing, f"Channel {channel}", report.data.source)
     for row in report.curves:
         curves = {f"fold {fold}": points for fold, points in row.curves.items() if points}
