@@ -1,0 +1,1 @@
+"""Datasets of other layouts, turned into raw datasets."""
