@@ -66,8 +66,9 @@ def copy_fold(words: list[str]) -> int:
     target = Path(value("--workspace")) / "results" / dataset / split / name
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    spec = (finished / "run.json").read_text()
     (target / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(finished / "run.json", target / "run.json")
+    (target / "run.json").write_text(spec)
     log = target / f"fold_{fold}" / "log.jsonl"
     for step in range(len(log.read_text().splitlines()) if log.is_file() else 0, int(value("--steps"))):
         if stopped:

@@ -21,6 +21,7 @@ from autossl.pipeline.recommend import RECOMMENDED_METHODS, recommended_configur
 from autossl.pipeline.request import ExperimentRequest
 from autossl.pipeline.trainings import Experiment
 from autossl.planners.plans import Plans
+from autossl.trainers import speed as speed_of_steps
 from autossl.trainers.setup import RunSetup
 from toys import toy_architecture, toy_configuration
 
@@ -161,7 +162,9 @@ def test_a_dry_run_says_what_every_step_takes(
     assert "methods: named by the user" in printed
 
 
-def test_a_step_is_measured_on_made_up_images(workspace: Workspace) -> None:
+def test_a_step_is_measured_on_made_up_images(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_of_steps, "TRIAL_STEPS", 2)
+    monkeypatch.setattr(speed_of_steps, "MEASURED_STEPS", 1)
     setup = arrange(replace(base_request(workspace.root), num_workers=0)).trainings[1].setup
     speed = measure.measure(setup)
     assert (speed.configuration, speed.method, speed.key) == ("2d", "mean_teacher", speed_key(setup))
