@@ -172,11 +172,17 @@ def test_one_device_runs_one_command_after_the_other(tmp_path: Path) -> None:
 
 
 def test_several_devices_share_the_commands_but_never_the_folds_of_a_run(tmp_path: Path) -> None:
-    run_all(tmp_path, trainings(tmp_path), ("cuda:0", "cuda:1", "cuda:2"))
+    def meets(own: str, other: str) -> str:
+        """Ends only when both have begun."""
+        there = f"pathlib.Path({str(tmp_path)!r}, 'begun_{other}').exists()"
+        return (
+            f"pathlib.Path({str(tmp_path)!r}, 'begun_{own}').touch()\nuntil = time.time() + 60\n"
+            f"while not {there} and time.time() < until: time.sleep(0.01)\nassert {there}"
+        )
+
+    run_all(tmp_path, trainings(tmp_path, {"a0": meets("a", "b"), "b0": meets("b", "a")}, 0.0), ("cuda:0", "cuda:1"))
     a0, a1, b0, b1 = (ran(tmp_path / name) for name in ("a0", "a1", "b0", "b1"))
-    assert a0[0] != b0[0]
-    assert a0[2] > b0[1]  # side by side
-    assert b0[2] > a0[1]
+    assert {a0[0], b0[0]} == {"cuda:0", "cuda:1"}
     assert a0[2] <= a1[1]
     assert b0[2] <= b1[1]
 
