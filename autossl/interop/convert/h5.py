@@ -93,10 +93,10 @@ def read_h5(request: ConvertRequest, progress: Progress | None = None) -> Source
     if options.spacing_zyx_mm is None:
         logger.warning("h5 files have no spacing: 1 mm is written. Name it with --spacing Z Y X")
     labels = request.labels or _found_labels(labeled, request.n_workers, progress)
-    names = ["image"] if channels[0] == 1 else [f"image_{number}" for number in range(channels[0])]
+    usual = ["image"] if channels[0] == 1 else [f"image_{number}" for number in range(channels[0])]
+    names = renamed_channels(usual, request.channels, folder)
     lists = PublishedLists(train, validation, tuple(sorted(set(options.budgets))))
-    names = list(renamed_channels(names, request.channels, folder))
-    return SourceDataset(tuple(names), with_background(labels), cases, {"name": folder.name}, lists)
+    return SourceDataset(names, with_background(labels), cases, {"name": folder.name}, lists)
 
 
 def _h5py() -> Any:
