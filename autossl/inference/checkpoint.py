@@ -16,6 +16,7 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.networks.prediction import PredictionSpec
 
 FORMAT = "autossl-checkpoint-1"
+FOREIGN = "models of nnU-Net come in with autossl_import_nnunet"
 _EXPECTED = "a whole checkpoint written by autossl_train"
 _UNREADABLE = (
     RuntimeError,
@@ -52,12 +53,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except _UNREADABLE as error:
         foreign = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
         reason = "it holds objects that would have to be executed" if foreign else _first_line(error)
-        fix = "use a checkpoint of autossl" if foreign else "train this fold again, or copy the file again"
+        fix = f"use a checkpoint of autossl; {FOREIGN}" if foreign else "train this fold again, or copy the file again"
         raise InvalidInput(Problem(f"the checkpoint cannot be read ({reason})", _EXPECTED, fix, file=path)) from error
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMAT:
         raise InvalidInput(
-            Problem(f"the checkpoint's format is {found!r}", f"{FORMAT!r}", "use a checkpoint of autossl", file=path)
+            Problem(
+                f"the checkpoint's format is {found!r}",
+                f"{FORMAT!r}",
+                f"use a checkpoint of autossl; {FOREIGN}",
+                file=path,
+            )
         )
     return content
 
