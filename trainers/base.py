@@ -412,6 +412,11 @@ class SemiSupervisedTrainer:
         """Steps of the whole run where `steps` were asked for or planned; more only where a setting asks for it."""
         return steps
 
+    @classmethod
+    def needs_initial_weights(cls, settings: MethodSettings) -> bool:
+        """Whether these settings begin with a trained network: --init must name one that fits with all weights."""
+        return False
+
     def build(self) -> Parts:
         """Networks, followers and memory, on the CPU; the loop moves them."""
         raise NotImplementedError(f"{type(self).__name__} must say what it consists of")

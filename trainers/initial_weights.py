@@ -115,21 +115,27 @@ def load_initial_weights(parts: Parts, path: Path) -> list[InitReport]:
     return reports
 
 
-def initial_record(parts: Parts, source: Path, fold: str, cases: Fold, dataset: str) -> dict[str, Any]:
+def initial_record(
+    parts: Parts, source: Path, fold: str, cases: Fold, dataset: str, whole: bool = False
+) -> dict[str, Any]:
     """What run.json holds of a fold's starting point; loads the weights into `parts` to see what fits.
 
     `seen` lists the cases of this dataset that the weights were trained on, with or without labels, and those of the
-    weights that these were started from; None where the file lies in no run, so that nothing is known.
+    weights that these were started from; None where the file lies in no run, so that nothing is known. `whole`: every
+    weight must fit, because the network predicts before it is trained.
 
     Raises:
-        InvalidInput: as `load_initial_weights`, or the weights have seen a case that the fold must not train on.
+        InvalidInput: as `load_initial_weights`, a weight does not fit though all must, or the weights have seen a case
+            that the fold must not train on.
     """
     path = initial_checkpoint(source, fold)
     reports = load_initial_weights(parts, path)
+    if whole:
+        _check_whole(reports, path)
     origin, run = _origin(path)
     seen = None if run is None else _seen_cases(run, origin, dataset)
     if seen is None:
-        logger.warning("--init: %s lies in no run: whether it saw validation cases cannot be checked", path)
+        logger.warning("--init: nothing tells which cases %s was trained on: leaks cannot be checked", path)
     else:
         _check_seen(path, fold, seen, cases)
     return {
@@ -139,6 +145,14 @@ def initial_record(parts: Parts, source: Path, fold: str, cases: Fold, dataset: 
         "matched": {report.part: report.to_json() for report in reports},
         "seen": seen,
     }
+
+
+def _check_whole(reports: list[InitReport], path: Path) -> None:
+    partial = [str(report) for report in reports if report.other_shape or report.not_in_file]
+    if partial:
+        expected = "the network of this plan with all of its weights: it predicts the unlabeled cases before any step"
+        fix = "name a run of this configuration and preset (of nnU-Net's models autossl_import_nnunet makes one)"
+        raise InvalidInput(Problem("; ".join(partial), expected, fix, file=path))
 
 
 def _origin(path: Path) -> tuple[str | None, RunSpec | None]:

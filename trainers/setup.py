@@ -398,6 +398,10 @@ def _check_needs(setup: RunSetup) -> None:
                 "choose another method, or a plan with a larger patch",
             )
         )
+    if setup.method.needs_initial_weights(setup.settings) and setup.request.initial_weights is None:
+        found = f"these settings of {name} begin with a trained network"
+        fix = "name a trained run with --init, or leave out the setting"
+        problems.append(Problem(found, "its weights", fix))
     for fold, cases in setup.folds.items():
         if not cases.labeled:
             problems.append(

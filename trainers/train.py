@@ -219,9 +219,10 @@ def _initial_records(setup: RunSetup, source: Path, steps: int) -> dict[str, dic
 
     Raises before anything is written where a file is not ours, nothing in it fits or it knows validation cases.
     """
+    whole = setup.method.needs_initial_weights(setup.settings)
     return {
         fold: initial_record(
-            setup.method(setup.job(fold, steps), setup.settings).parts, source, fold, cases, setup.raw.name
+            setup.method(setup.job(fold, steps), setup.settings).parts, source, fold, cases, setup.raw.name, whole
         )
         for fold, cases in setup.folds.items()
     }

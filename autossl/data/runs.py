@@ -296,7 +296,8 @@ def spec_differences(stored: RunSpec, asked: RunSpec, folds: list[str]) -> list[
     fix = "keep both with --tag NAME, or replace it with --overwrite"
     pairs = [(name, getattr(stored, name), getattr(asked, name)) for name in IDENTITY if name != "settings"]
     for key in sorted(set(stored.settings) | set(asked.settings)):
-        pairs.append((f"settings.{key}", stored.settings.get(key), asked.settings.get(key)))
+        if key in stored.settings or key in asked.changed_settings:  # else it came later than the run: its default
+            pairs.append((f"settings.{key}", stored.settings.get(key), asked.settings.get(key)))
     found = [
         Problem(f"{name} is {_shown(before)} in run.json, {_shown(now)} was asked for", "the same value", fix)
         for name, before, now in pairs

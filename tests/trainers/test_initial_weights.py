@@ -107,3 +107,15 @@ def test_the_starting_point_is_part_of_the_runs_identity(run: Path) -> None:
 def spec_started_from(run: Path, digest: str) -> RunSpec:
     content = json.loads((run / "run.json").read_text())
     return RunSpec.model_validate(content | {"initial": {"0": {"hash": digest}}})
+
+
+def test_a_setting_that_came_later_does_not_tell_runs_apart_at_its_default() -> None:
+    known = RunSpec(
+        dataset=DATASET, split="s", configuration="c", preset="p", method="m", seed=0, plans_hash="", total_steps=1
+    )
+    later = known.model_copy(update={"settings": {"new": 1}})
+    assert spec_differences(known, later, []) == []
+    changed = later.model_copy(update={"changed_settings": {"new": 1}})
+    assert [problem.found for problem in spec_differences(known, changed, [])] == [
+        "settings.new is nothing in run.json, 1 was asked for"
+    ]

@@ -261,3 +261,27 @@ def test_full_rounds_multiply_steps_but_not_hours(workspace: Workspace, monkeypa
     planned = resolve(request(workspace, steps=None, settings=full))
     assert _total_steps(planned) == 3 * planned.plans.semi_supervised.total_steps
     assert _total_steps(resolve(request(workspace, steps=None, hours=5.0, settings=full))) == 5
+
+
+def test_a_given_teacher_is_round_0(planned: Workspace, whole: TrainResult) -> None:
+    given = {"settings": {"round_0": "init"}, "tag": "given", "steps": 4}
+    with pytest.raises(InvalidInput, match="begin with a trained network"):
+        train(request(planned, **given))
+    result = train(request(planned, initial_weights=whole.folder, **given))
+    store = PseudoLabelStore(result.folds[0].folder / "pseudo_labels" / "pseudo")
+    origin = json.loads((store.version(0) / "origin.json").read_text())
+    teacher = resolve(request(planned)).job("0", 4).build_network()
+    teacher.load_state_dict(final_networks(whole.folds[0].folder)["network"])
+    assert origin["weights"] == {"network": weights_digest(teacher)}, "no checkpoint of it is known: mirroring decides"
+    lines = [json.loads(line) for line in (result.folds[0].folder / "log.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["round_1", "round_1", "round_2", "round_2"]
+    assert all("pseudo" in line["losses"] for line in lines)
+
+
+def test_a_given_teacher_must_fit_with_all_weights(planned: Workspace, whole: TrainResult, tmp_path: Path) -> None:
+    content = torch.load(whole.folds[0].folder / "checkpoint_final.pth", weights_only=True)
+    del content["networks"]["network"]["decoder.seg_layers.0.bias"]
+    torch.save(content, tmp_path / "partial.pth")
+    given = {"settings": {"round_0": "init"}, "tag": "partial", "steps": 4}
+    with pytest.raises(InvalidInput, match=r"1 not in the file \(decoder\.seg_layers\.0\.bias\)"):
+        train(request(planned, initial_weights=tmp_path / "partial.pth", **given))

@@ -9,10 +9,12 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from autossl.data.problems import Problem
 from autossl.networks.prediction import PredictionSpec
 from autossl.trainers.base import (
     Batch,
     BatchRequest,
+    Job,
     MethodSettings,
     ParameterGroup,
     Parts,
@@ -48,6 +50,9 @@ class SelfTrainingSettings(MethodSettings):
     )
     rounds: int = setting(2, "rounds on pseudo-labels after the supervised one (mode rounds)", "1 to 3 in papers", ge=1)
     full_rounds: bool = setting(False, "every round gets all steps: the run is as many times longer", OURS)
+    round_0: Literal["train", "init"] = setting(
+        "train", "round 0 is trained on the labels, or is the network of --init, which then teaches round 1", OURS
+    )
     init: Literal["scratch", "teacher"] = setting("scratch", "where the weights of a round begin", "Xie et al. 2020")
     rho: tuple[float, ...] = setting(
         (0.7, 0.8, 0.9), "share of each class's voxels that keeps its label, per round; the last goes on", OURS
@@ -106,8 +111,25 @@ class SelfTraining(SemiSupervisedTrainer):
     def total_steps(cls, steps: int, settings: MethodSettings) -> int:
         """All rounds share the steps that were asked for, unless each is to have them."""
         if isinstance(settings, SelfTrainingSettings) and settings.full_rounds and settings.mode == "rounds":
-            return steps * (settings.rounds + 1)
+            return steps * (settings.rounds + (settings.round_0 == "train"))
         return steps
+
+    @classmethod
+    def needs_initial_weights(cls, settings: MethodSettings) -> bool:
+        """Of a run whose first teacher is given."""
+        return isinstance(settings, SelfTrainingSettings) and settings.round_0 == "init"
+
+    @classmethod
+    def refusals(cls, job: Job, settings: MethodSettings) -> list[Problem]:
+        """A given teacher needs rounds, and unlabeled cases to predict."""
+        if not cls.needs_initial_weights(settings) or not isinstance(settings, SelfTrainingSettings):
+            return []
+        if settings.mode == "online":
+            return [Problem("round_0=init with mode=online", "mode=rounds", "leave one of them out")]
+        if not job.has_unlabeled or settings.lambda_pseudo == 0:
+            found = "round_0=init, and nothing to learn from pseudo-labels"
+            return [Problem(found, "unlabeled cases, and lambda_pseudo above 0", "leave out round_0=init")]
+        return []
 
     def build(self) -> Parts:
         network, plan = self.job.build_network(), self.job.configuration
@@ -137,7 +159,7 @@ class SelfTraining(SemiSupervisedTrainer):
             Phase(f"round_{j}", groups=groups, reinitialize=fresh, refreshes=(self._refresh(j, None, "network"),))
             for j in range(1, self.settings.rounds + 1)
         ]
-        return [Phase("round_0", groups=groups), *later]
+        return later if self.settings.round_0 == "init" else [Phase("round_0", groups=groups), *later]
 
     def _refresh(self, j: int, at: float | None, part: str) -> Refresh:
         """The refresh before round j = 1, 2, …; only round 1 chooses by stability and pays for the checkpoints."""
@@ -262,7 +284,8 @@ class SelfTraining(SemiSupervisedTrainer):
 
     @property
     def _checkpoints(self) -> dict[str, float]:
-        return CHECKPOINTS if self.settings.stability == "checkpoints" else {}
+        trains_round_0 = self.settings.round_0 == "train"  # else no checkpoint of the first teacher is known
+        return CHECKPOINTS if self.settings.stability == "checkpoints" and trains_round_0 else {}
 
 
 def _copy_of(network: nn.Module) -> nn.Module:
