@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -17,8 +18,6 @@ from autossl.interop.convert.convert import Converted, convert
 from autossl.interop.convert.h5_lists import patient_of
 from autossl.interop.convert.published_splits import published_splits
 from autossl.interop.convert.source import ConvertRequest, H5Options, PublishedLists
-
-h5py = pytest.importorskip("h5py")
 
 NAME = "Dataset022_Atrium"
 SHAPE = (3, 5, 4)
