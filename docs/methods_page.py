@@ -95,7 +95,7 @@ def gain(name: str, rows: dict[str, dict[str, Any]]) -> str:
     if name not in rows:
         return "-" if name == "supervised" else NOT_RUN
     found = rows[name]["to_twin"]
-    estimate, low, high = (100 * found[key] for key in ("estimate", "low", "high"))
+    estimate, low, high = (round(100 * found[key], 1) + 0.0 for key in ("estimate", "low", "high"))  # 0.0: never "-0.0"
     return f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
