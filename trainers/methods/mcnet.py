@@ -26,7 +26,6 @@ from autossl.trainers.components.pseudo import sharpen
 from autossl.trainers.components.schedules import sigmoid_ramp
 
 RELEASE = "Wu et al. 2022, released code"
-RESCALED = f"{RELEASE}; divided by 3 and its weight of the supervised loss, because ours is averaged"
 VARIANTS: dict[str, Upsampling] = {"linear_decoder": "linear", "nearest_decoder": "nearest"}
 """Trained parts beside the plan's network, in the order in which `n_decoders` takes them."""
 
@@ -34,8 +33,11 @@ VARIANTS: dict[str, Upsampling] = {"linear_decoder": "linear", "nearest_decoder"
 class MutualConsistencySettings(MethodSettings):
     """What can be changed with --set."""
 
-    lambda_max: float | None = setting(
-        None, "weight of the mutual consistency; None: 0.67 (3D), 0.033 (2D)", RESCALED, ge=0
+    lambda_max: float = setting(
+        2.0,
+        "weight of the mutual consistency after its ramp",
+        f"{RELEASE} in 3D, divided by its weight of the supervised loss; in 2D it has 0.1, 0.7 % of the gradient",
+        ge=0,
     )
     ramp_end: float | None = setting(
         None, "fraction of the run at which its ramp ends; None: 0.4 (3D), 1 (2D)", RELEASE, ge=0
@@ -84,7 +86,7 @@ class MutualConsistency(SemiSupervisedTrainer):
 
     def losses(self, batch: Batch, at: Progress) -> StepOutput:
         network, labeled = self.parts.trained["network"], batch.labeled
-        weight = self._lambda_max * sigmoid_ramp(at.fraction, self._ramp_end)
+        weight = self.settings.lambda_max * sigmoid_ramp(at.fraction, self._ramp_end)
         if not self._variants:  # the twin's step, bit for bit
             z = network(labeled.image)
             return StepOutput({"supervised": self.job.supervised_loss(z, labeled.target, labeled.valid)})
@@ -101,7 +103,7 @@ class MutualConsistency(SemiSupervisedTrainer):
             f"supervised_{name}": loss.detach()
             for name, loss in zip(("network", *self._variants), supervised, strict=True)
         }
-        losses = {"supervised": torch.stack(supervised).mean()}
+        losses = {"supervised": torch.stack(supervised).sum()}  # a mean would slow each decoder down
         if weight > 0:
             # without a label there is nothing to ignore: only voxels outside an unlabeled image do not count
             counted = torch.ones_like(labeled.valid)
@@ -141,11 +143,6 @@ class MutualConsistency(SemiSupervisedTrainer):
         if not self.job.has_unlabeled and not self.settings.labeled_only:
             return ()
         return tuple(VARIANTS)[: self.settings.n_decoders - 1]
-
-    @property
-    def _lambda_max(self) -> float:
-        flat = self.job.configuration.dims == 2
-        return (0.033 if flat else 0.67) if self.settings.lambda_max is None else self.settings.lambda_max
 
     @property
     def _ramp_end(self) -> float:
