@@ -253,7 +253,12 @@ def test_too_few_levels_are_refused() -> None:
         trainer(configuration(3))
     plan = configuration(3)
     setup: Any = SimpleNamespace(
-        method=PyramidConsistency, configuration=plan, schema=toy_schema(), folds={}, request=None
+        method=PyramidConsistency,
+        configuration=plan,
+        schema=toy_schema(),
+        folds={},
+        request=SimpleNamespace(initial_weights=None),
+        settings=PyramidConsistency.Settings(),
     )
     with pytest.raises(InvalidInput, match="at least 3, which urpc needs"):
         _check_needs(setup)
