@@ -128,7 +128,7 @@ def majority_vote(label_maps: Sequence[LabelMap]) -> LabelMap:
     best = np.zeros(label_maps[0].shape, dtype=np.int16)
     result = np.zeros_like(label_maps[0])
     for value in np.unique(np.concatenate([np.unique(label_map) for label_map in label_maps])):
-        votes = np.sum([label_map == value for label_map in label_maps], axis=0, dtype=np.int16)
+        votes = np.stack([label_map == value for label_map in label_maps]).sum(axis=0, dtype=np.int16)
         more = votes > best
         best[more], result[more] = votes[more], value
     return result
@@ -197,7 +197,8 @@ def _choose(
     alike: Collection[frozenset[str]],
 ) -> list[_Choice]:
     """The `n` best one after the other, each making those close to it worth less; then the others."""
-    closeness, left, chosen = known, set(range(len(candidates))), []
+    closeness, left = known, set(range(len(candidates)))
+    chosen: list[_Choice] = []
 
     def order(index: int) -> tuple[float, str]:
         return float(weight * closeness[index] - value[index]), candidates[index].case
@@ -207,7 +208,7 @@ def _choose(
         chosen.append(_Choice(best, -order(best)[0], float(closeness[best])))
         left.remove(best)
         together = [float(_belong_together(candidates[best], other, alike)) for other in candidates]
-        closeness = np.max([closeness, distances.closeness(best), together], axis=0)
+        closeness = np.maximum.reduce([closeness, distances.closeness(best), np.array(together)])
     return chosen + [_Choice(index, -order(index)[0], float(closeness[index])) for index in sorted(left, key=order)]
 
 

@@ -408,8 +408,8 @@ def _check_needs(setup: RunSetup) -> None:
                 Problem(f"fold {fold} has no labeled training case", "at least one", "choose another fold or budget")
             )
     if not problems:  # the same for all folds, or of one: said once
-        found = {fold: setup.method.refusals(setup.job(fold, 1), setup.settings) for fold in setup.folds}
-        problems = list({str(problem): problem for of_fold in found.values() for problem in of_fold}.values())
+        refused = [setup.method.refusals(setup.job(fold, 1), setup.settings) for fold in setup.folds]
+        problems = list({str(problem): problem for of_fold in refused for problem in of_fold}.values())
     if problems:
         raise InvalidInput(problems)
 

@@ -83,6 +83,6 @@ def _print_result(result: LabelNextResult) -> None:
         print(f"{case.rank:4}. {case.case}  (score {case.score:.2f})")
         for reason in case.reasons:
             print(f"      {reason}")
-    for case, why in result.left_out.items():
-        print(f"left out: {case} ({why})")
+    for name, why in result.left_out.items():
+        print(f"left out: {name} ({why})")
     print(f"all candidates: {result.file}")
