@@ -15,6 +15,7 @@ from autossl.cli.options import (
     method_setting,
     non_negative,
     positive,
+    settings_by_method,
 )
 from autossl.cli.progress import CommandProgress, duration
 from autossl.cli.run_command import FAILED, new_parser, run_command
@@ -131,9 +132,6 @@ def _benchmark(arguments: argparse.Namespace) -> list[str]:
 def _request(arguments: argparse.Namespace) -> BenchmarkRequest:
     from autossl.evaluation.benchmark.benchmark import BenchmarkRequest
 
-    settings: dict[str, dict[str, str]] = {}
-    for method, key, value in arguments.settings:
-        settings.setdefault(method, {})[key] = value
     return BenchmarkRequest(
         dataset=arguments.dataset,
         configuration=arguments.configuration,
@@ -146,7 +144,7 @@ def _request(arguments: argparse.Namespace) -> BenchmarkRequest:
         steps=arguments.steps,
         preset=arguments.preset,
         device=arguments.device,
-        settings=settings,
+        settings=settings_by_method(arguments.settings),
         full_labels=arguments.full_labels,
         jobs=arguments.jobs,
         num_workers=arguments.num_workers,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autossl.cli.options import add_workspace, fold_name, label_budget, non_negative
+from autossl.cli.options import add_workspace, budget_or_all, fold_name, non_negative
 from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
@@ -33,16 +33,12 @@ def _parser() -> argparse.ArgumentParser:
         "model", metavar="DATASET|FOLDER", help="dataset (its final model), or the folder of a final model or run"
     )
     parser.add_argument("output", type=Path, metavar="OUT.zip", help="the file to write")
-    parser.add_argument("--labeled", metavar="N", type=_budget, help="of several splits the one of this budget")
+    parser.add_argument("--labeled", metavar="N", type=budget_or_all, help="of several splits the one of this budget")
     parser.add_argument("--draw", type=non_negative, metavar="D", help="its draw of labels")
     parser.add_argument("-f", "--folds", nargs="+", type=fold_name, metavar="FOLD", help="of a single run")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.zip where it is there")
     add_workspace(parser)
     return parser
-
-
-def _budget(text: str) -> str:
-    return text if text == "all" else label_budget(text)
 
 
 def _request(arguments: argparse.Namespace) -> ExportRequest:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autossl.cli.options import add_workspace, fold_name, label_budget, non_negative
+from autossl.cli.options import add_workspace, budget_or_all, fold_name, non_negative
 from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
@@ -41,15 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--member", metavar="NAME", help="one network in place of what predicts here")
     parser.add_argument("-f", "--folds", nargs="+", type=fold_name, metavar="FOLD", help="default: all finished ones")
-    parser.add_argument("--labeled", metavar="N", type=_budget, help="of several splits the one of this budget")
+    parser.add_argument("--labeled", metavar="N", type=budget_or_all, help="of several splits the one of this budget")
     parser.add_argument("--draw", type=non_negative, metavar="D", help="its draw of labels")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
     add_workspace(parser)
     return parser
-
-
-def _budget(text: str) -> str:
-    return text if text == "all" else label_budget(text)
 
 
 def _request(arguments: argparse.Namespace) -> NnunetExportRequest:

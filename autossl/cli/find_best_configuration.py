@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from autossl.cli.options import add_device, add_workers, add_workspace, label_budget, non_negative
+from autossl.cli.options import add_device, add_workers, add_workspace, budget_or_all, non_negative
 from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = new_parser("autossl_find_best_configuration", EPILOG)
     parser.add_argument("dataset", metavar="DATASET", help="4, 004, Dataset004_Hippocampus or Hippocampus")
     parser.add_argument(
-        "--labeled", metavar="N", type=_budget, help="deployment budget of the runs; 'all' for those without one"
+        "--labeled", metavar="N", type=budget_or_all, help="deployment budget of the runs; 'all' for those without one"
     )
     parser.add_argument("--draw", type=non_negative, default=0, metavar="D", help="its draw of labels (default: 0)")
     parser.add_argument(
@@ -46,10 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     add_device(parser)
     add_workspace(parser)
     return parser
-
-
-def _budget(text: str) -> str:
-    return text if text == "all" else label_budget(text)
 
 
 def _find(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autossl.cli.options import add_workers, add_workspace, label_budget, non_negative
+from autossl.cli.options import add_run_filter, add_workers, add_workspace
 from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
@@ -33,24 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("autossl_find_postprocessing", EPILOG)
     parser.add_argument("-d", "--dataset", required=True, metavar="DATASET", help="number or name (4, Hippocampus)")
-    run = parser.add_argument_group("which split or run of the dataset")
-    run.add_argument("-c", "--configuration", metavar="C", help="2d, 3d_fullres or 3d_lowres")
-    run.add_argument("-m", "--method", metavar="METHOD", help="see autossl_methods")
-    run.add_argument("--preset", metavar="P", help="of its plans")
-    run.add_argument("--labeled", metavar="N", type=_budget, help="its label budget; 'all' for runs without one")
-    run.add_argument("--draw", type=non_negative, metavar="D", help="its draw of labels")
-    run.add_argument("--seed", type=non_negative, metavar="S", help="its seed")
-    run.add_argument("--tag", metavar="T", help="its tag; '' for runs without one")
+    add_run_filter(parser, "which split or run of the dataset")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="for a run: where its rules are written, as JSON"
     )
     add_workers(parser, "read and tidy")
     add_workspace(parser)
     return parser
-
-
-def _budget(text: str) -> str:
-    return text if text == "all" else label_budget(text)
 
 
 def _find(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -34,6 +35,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run_filter(parser: argparse.ArgumentParser, title: str) -> None:
+    """-c, -m, --preset, --labeled, --draw, --seed and --tag: which of a dataset's runs."""
+    run = parser.add_argument_group(title)
+    run.add_argument("-c", "--configuration", metavar="C", help="2d, 3d_fullres or 3d_lowres")
+    run.add_argument("-m", "--method", metavar="METHOD", help="see autossl_methods")
+    run.add_argument("--preset", metavar="P", help="of its plans")
+    run.add_argument("--labeled", metavar="N", type=budget_or_all, help="its label budget; 'all' for runs without one")
+    run.add_argument("--draw", type=non_negative, metavar="D", help="its draw of labels")
+    run.add_argument("--seed", type=non_negative, metavar="S", help="its seed")
+    run.add_argument("--tag", metavar="T", help="its tag; '' for runs without one")
+
+
 def setting_pair(text: str) -> tuple[str, str]:
     """'key=value' as a pair."""
     key, sign, value = text.partition("=")
@@ -49,6 +62,14 @@ def method_setting(text: str) -> tuple[str, str, str]:
     if not method or not point or not key:
         raise argparse.ArgumentTypeError(f"'{text}': expected METHOD.KEY=VALUE, as in mean_teacher.noise=0.2")
     return method, key, value
+
+
+def settings_by_method(settings: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
+    """Method → key → value, of what `method_setting` gives; the last one of a key counts."""
+    grouped: dict[str, dict[str, str]] = {}
+    for method, key, value in settings:
+        grouped.setdefault(method, {})[key] = value
+    return grouped
 
 
 def tolerance(text: str) -> tuple[str, float]:
@@ -88,6 +109,11 @@ def label_budget(text: str) -> str:
     if "." in text:
         return str(share(text))
     raise argparse.ArgumentTypeError(f"'{text}' is no budget: expected a number of cases (8) or a fraction (0.2)")
+
+
+def budget_or_all(text: str) -> str:
+    """'all' (no label is hidden), or what `label_budget` takes."""
+    return text if text == "all" else label_budget(text)
 
 
 def positive(text: str) -> int:

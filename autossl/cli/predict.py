@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autossl.cli.options import add_device, add_workspace, fold_name, label_budget, non_negative, positive, share
+from autossl.cli.options import add_device, add_run_filter, add_workspace, fold_name, non_negative, positive, share
 from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
@@ -43,14 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder with fold_0 or inference_plan.json, instead of a dataset",
     )
-    run = parser.add_argument_group("which run of the dataset, instead of its inference plan")
-    run.add_argument("-c", "--configuration", metavar="C", help="2d, 3d_fullres or 3d_lowres")
-    run.add_argument("-m", "--method", metavar="METHOD", help="see autossl_methods")
-    run.add_argument("--preset", metavar="P", help="of its plans")
-    run.add_argument("--labeled", metavar="N", type=_budget, help="its label budget; 'all' for runs without one")
-    run.add_argument("--draw", type=non_negative, metavar="D", help="its draw of labels")
-    run.add_argument("--seed", type=non_negative, metavar="S", help="its seed")
-    run.add_argument("--tag", metavar="T", help="its tag; '' for runs without one")
+    add_run_filter(parser, "which run of the dataset, instead of its inference plan")
     parser.add_argument(
         "-f", "--folds", nargs="+", type=fold_name, metavar="FOLD", help="default: all finished folds but fold all"
     )
@@ -77,10 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     add_device(parser)
     add_workspace(parser)
     return parser
-
-
-def _budget(text: str) -> str:
-    return text if text == "all" else label_budget(text)
 
 
 def _predict(arguments: argparse.Namespace) -> None:

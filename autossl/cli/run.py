@@ -15,6 +15,7 @@ from autossl.cli.options import (
     non_negative,
     positive,
     positive_real,
+    settings_by_method,
 )
 from autossl.cli.progress import CommandProgress, duration
 from autossl.cli.run_command import new_parser, run_command
@@ -136,9 +137,6 @@ def _run(arguments: argparse.Namespace) -> None:
 def _request(arguments: argparse.Namespace) -> ExperimentRequest:
     from autossl.pipeline.request import ExperimentRequest
 
-    settings: dict[str, dict[str, str]] = {}
-    for method, key, value in arguments.settings:
-        settings.setdefault(method, {})[key] = value
     return ExperimentRequest(
         dataset=arguments.dataset,
         workspace=arguments.workspace,
@@ -151,7 +149,7 @@ def _request(arguments: argparse.Namespace) -> ExperimentRequest:
         hours=arguments.hours,
         seed=arguments.seed,
         device=arguments.device,
-        settings=settings,
+        settings=settings_by_method(arguments.settings),
         tag=arguments.tag,
         final=arguments.final,
         equal_time=arguments.equal_time,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 MANY_CASES = 4
 """From so many cases on with the same fault they are named in one line."""
@@ -35,6 +38,30 @@ class InvalidInput(ValueError):
         if title or len(lines) > 1:
             lines = [title or f"{len(self.problems)} problems:"] + [f"- {line}" for line in lines]
         super().__init__("\n".join(lines))
+
+
+class Problems:
+    """Gathers what is wrong, so that it is reported together."""
+
+    def __init__(self) -> None:
+        self._found: dict[Problem, None] = {}
+
+    def add(self, found: str, expected: str, fix: str, file: Path | None = None) -> None:
+        """One more."""
+        self._found[Problem(found, expected, fix, file=file)] = None
+
+    def catch(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
+        """What the function gives; None where it raised `InvalidInput`, whose problems are kept."""
+        try:
+            return function(*arguments)
+        except InvalidInput as error:
+            self._found |= dict.fromkeys(error.problems)
+            return None
+
+    def stop(self, title: str = "") -> None:
+        """Raises what was gathered, if anything."""
+        if self._found:
+            raise InvalidInput(list(self._found), title=title)
 
 
 def _lines(problems: Sequence[Problem]) -> list[str]:

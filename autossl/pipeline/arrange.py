@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, Problems
 from autossl.data.runs import fold_state, read_run, spec_differences
 from autossl.pipeline.length import decide_length
 from autossl.pipeline.measure import OnMeasured
 from autossl.pipeline.recommend import TWIN, recommended_configurations, recommended_methods
-from autossl.pipeline.request import ExperimentRequest, Problems, check_request, chosen_preset, train_request
+from autossl.pipeline.request import ExperimentRequest, check_request, chosen_preset, train_request
 from autossl.pipeline.trainings import Experiment, Role, Training
 from autossl.planners.plan_and_preprocess import find_plans
 from autossl.trainers.setup import RunSetup, resolve

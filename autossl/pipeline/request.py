@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
-from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.data.problems import Problems, nearest
 from autossl.data.splits import split_name
 from autossl.data.workspace import Workspace
 from autossl.networks.device import resolve_device
@@ -18,7 +17,6 @@ from autossl.trainers.registry import make_settings, method_class
 from autossl.trainers.setup import TrainRequest
 
 ENGINES = ("local",)
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,30 +55,6 @@ class ExperimentRequest:
     def split(self) -> str:
         """Name of the split that everything is trained on."""
         return split_name("deployment", self.labeled, self.draw)
-
-
-class Problems:
-    """Gathers what is wrong, so that it is reported together."""
-
-    def __init__(self) -> None:
-        self._found: dict[Problem, None] = {}
-
-    def add(self, found: str, expected: str, fix: str, file: Path | None = None) -> None:
-        """One more."""
-        self._found[Problem(found, expected, fix, file=file)] = None
-
-    def catch(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
-        """What the function gives; None where it raised `InvalidInput`, whose problems are kept."""
-        try:
-            return function(*arguments)
-        except InvalidInput as error:
-            self._found |= dict.fromkeys(error.problems)
-            return None
-
-    def stop(self) -> None:
-        """Raises what was gathered, if anything."""
-        if self._found:
-            raise InvalidInput(list(self._found))
 
 
 def check_request(request: ExperimentRequest) -> tuple[Workspace, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.data.problems import Problems, nearest
 from autossl.data.runs import RunSpec, fold_state, read_run, run_folder, spec_differences
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import find_plans
@@ -20,7 +20,6 @@ ABLATION = "ablation"
 """The variant of every method without what makes it itself; `SemiSupervisedTrainer.ablation` says which settings."""
 Role = Literal["twin", "method", "full labels"]
 ALL_FOLDS = "all_folds"
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def plan_benchmark(request: BenchmarkRequest) -> BenchmarkPlan:
         InvalidInput: with all problems together: unknown names, folds and settings, budgets that cannot be met, needs
             of a method that the data does not meet, runs on disk that were made with another specification.
     """
-    problems = _Problems()
+    problems = Problems()
     request = _without_repeats(request)
     _check_methods(request, problems)
     _check_place(request, problems)
@@ -187,30 +186,6 @@ def plan_benchmark(request: BenchmarkRequest) -> BenchmarkPlan:
     return BenchmarkPlan(request, workspace, tuple(runs), tuple(setups))
 
 
-class _Problems:
-    """Gathers what is wrong, so that it is reported together."""
-
-    def __init__(self) -> None:
-        self._found: dict[Problem, None] = {}
-
-    def add(self, found: str, expected: str, fix: str, file: Path | None = None) -> None:
-        """One more."""
-        self._found[Problem(found, expected, fix, file=file)] = None
-
-    def catch(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
-        """What the function gives; None where it raised `InvalidInput`, whose problems are kept."""
-        try:
-            return function(*arguments)
-        except InvalidInput as error:
-            self._found |= dict.fromkeys(error.problems)
-            return None
-
-    def stop(self, title: str = "") -> None:
-        """Raises what was gathered, if anything."""
-        if self._found:
-            raise InvalidInput(list(self._found), title=title)
-
-
 def _without_repeats(request: BenchmarkRequest) -> BenchmarkRequest:
     """Each name once, in the order given; the twin is not among the methods."""
     return replace(
@@ -223,7 +198,7 @@ def _without_repeats(request: BenchmarkRequest) -> BenchmarkRequest:
     )
 
 
-def _check_methods(request: BenchmarkRequest, problems: _Problems) -> None:
+def _check_methods(request: BenchmarkRequest, problems: Problems) -> None:
     """Names of methods and settings."""
     names = (TWIN, *request.methods)
     for name in names:
@@ -241,7 +216,7 @@ def _check_methods(request: BenchmarkRequest, problems: _Problems) -> None:
             problems.add(f"--set names method '{name}'", f"one of {nearest(name, known)}", fix)
 
 
-def _check_place(request: BenchmarkRequest, problems: _Problems) -> None:
+def _check_place(request: BenchmarkRequest, problems: Problems) -> None:
     """Dataset, plans, configuration, device, and options that contradict."""
     workspace = Workspace.locate(request.workspace)
     dataset = problems.catch(workspace.find_dataset, request.dataset)
@@ -272,7 +247,7 @@ def _rows(request: BenchmarkRequest) -> Iterator[tuple[RowKey, str | None, int |
             yield RowKey(role, name, budget), budget, draw
 
 
-def _folds(request: BenchmarkRequest, setups: Iterable[RunSetup], problems: _Problems) -> tuple[str, ...]:
+def _folds(request: BenchmarkRequest, setups: Iterable[RunSetup], problems: Problems) -> tuple[str, ...]:
     """The folds as numbers; all of the wrong ones are reported."""
     known = [str(number) for number in range(min(len(setup.split.folds) for setup in setups))]
     if request.folds == (ALL_FOLDS,) and known:
@@ -329,7 +304,7 @@ def _runs_of(setup: RunSetup, row: RowKey, draw: int | None, request: BenchmarkR
     return runs
 
 
-def _refuse_other_runs(runs: Iterable[PlannedRun], problems: _Problems) -> None:
+def _refuse_other_runs(runs: Iterable[PlannedRun], problems: Problems) -> None:
     """A run with another specification under the same name cannot stand in the table."""
     for run in {run.folder: run for run in runs}.values():
         if not run.folder.is_dir() or not any(run.folder.iterdir()):
