@@ -6,7 +6,8 @@
 
 Arrays are chunked, compressed blosc2 files: reading a patch decompresses only the blocks that it touches. Each file
 appears whole or not at all, and the one that makes a case valid (properties, label) is written last. Files are not
-synced one by one, which took most of the time: `has` recognizes one that a power cut left incomplete.
+synced one by one, which took most of the time: `has` recognizes one that a power cut left incomplete, `damaged` one
+whose content changed, by its checksum.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import blosc2
 import numpy as np
 import numpy.typing as npt
 
-from autossl.data.files import atomic_write, read_json, write_json
+from autossl.data.checksums import CHECKSUM, array_checksum, with_checksum, without_checksum, zip_damage
+from autossl.data.files import PARTIAL, atomic_write, read_json, write_json
 from autossl.data.prepared import CaseProperties, PreparedCase
 from autossl.data.problems import InvalidInput, Problem
 
@@ -32,7 +34,15 @@ BLOCKS_PER_CHUNK = 32
 SECONDS_BEFORE_REMNANT = 3600.0
 PARTS = ("images", "nonzero", "properties", "labels", "locations")
 
-__all__ = ["CaseStore", "open_array", "read_class_locations", "read_source", "storage_grid", "write_array"]
+__all__ = [
+    "CaseStore",
+    "array_damage",
+    "open_array",
+    "read_class_locations",
+    "read_source",
+    "storage_grid",
+    "write_array",
+]
 
 
 def storage_grid(shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -66,6 +76,24 @@ def write_array(path: Path, array: npt.NDArray[Any], source: Any = None, sync: b
         stored = blosc2.asarray(array, urlpath=str(partial), chunks=chunks, blocks=blocks, cparams=compression)
         if source is not None:
             stored.schunk.vlmeta[SOURCE_META] = source
+        stored.schunk.vlmeta[CHECKSUM] = array_checksum(stored, source)
+
+
+def array_damage(path: Path) -> str | None:
+    """What is wrong with an array file; None where it is whole, or was written before arrays had checksums.
+
+    All of the file is read.
+    """
+    try:
+        array = open_array(path)
+        meta = array.schunk.vlmeta
+        if CHECKSUM not in meta or array_checksum(array, meta.get(SOURCE_META)) == meta[CHECKSUM]:
+            return None
+    except InvalidInput as error:
+        return error.problems[0].found
+    except Exception as error:  # blosc2 throws many types for a damaged frame
+        return f"not a whole array file ({error})"
+    return "its checksum does not fit"
 
 
 def open_array(path: Path) -> Any:
@@ -162,8 +190,20 @@ class CaseStore:
         return read_class_locations(self.locations_path(case))
 
     def properties(self, case: str) -> CaseProperties:
-        """How the case lies in its image."""
-        return CaseProperties.from_json(read_json(self.properties_path(case)))
+        """How the case lies in its image; raises `InvalidInput` where the file is missing or damaged."""
+        path = self.properties_path(case)
+        content = read_json(path)
+        try:
+            return CaseProperties.from_json(without_checksum(content))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInput(
+                Problem(
+                    f"not the properties that were written ({error})",
+                    "the properties of a preprocessed case",
+                    "run autossl_plan_and_preprocess again: it makes what is missing or damaged",
+                    file=path,
+                )
+            ) from error
 
     def cases(self) -> list[str]:
         """Ids of all cases whose image part was finished, sorted."""
@@ -181,6 +221,16 @@ class CaseStore:
             return False
         return whole and (not labeled or _is_zip(self.locations_path(case)))
 
+    def damaged(self, case: str, labeled: bool) -> dict[Path, str]:
+        """Files of a finished case whose content does not fit its checksum, and what is wrong; reads all of them."""
+        arrays = [self.image_path(case)]
+        arrays += [self.nonzero_path(case)] if self.properties(case).has_nonzero_mask else []
+        arrays += [self.label_path(case)] if labeled else []
+        found = {path: array_damage(path) for path in arrays}
+        if labeled:
+            found[self.locations_path(case)] = zip_damage(self.locations_path(case))
+        return {path: damage for path, damage in found.items() if damage is not None}
+
     def write(self, case: str, prepared: PreparedCase, image_source: Any = None, label_source: Any = None) -> None:
         """Writes all that `prepared` holds; a label of before is removed first, because it may not fit any more."""
         self.properties_path(case).unlink(missing_ok=True)
@@ -188,7 +238,7 @@ class CaseStore:
         write_array(self.image_path(case), prepared.image, image_source, sync=False)
         if prepared.nonzero is not None:
             write_array(self.nonzero_path(case), prepared.nonzero, sync=False)
-        write_json(self.properties_path(case), prepared.properties.to_json(), sync=False)
+        write_json(self.properties_path(case), with_checksum(prepared.properties.to_json()), sync=False)
         if prepared.label is not None:
             self.write_label(case, prepared.label, prepared.locations or {}, label_source)
 
@@ -223,12 +273,12 @@ class CaseStore:
     def remove_remnants(self) -> None:
         """Removes unfinished files that killed runs left more than an hour ago; younger ones may be in the making."""
         for part in PARTS:
-            for path in (self.folder / part).glob(".partial-*"):
+            for path in (self.folder / part).glob(f"{PARTIAL}*"):
                 if time.time() - path.stat().st_mtime > SECONDS_BEFORE_REMNANT:
                     path.unlink(missing_ok=True)
 
     def _finished(self, part: str, ending: str) -> Iterator[Path]:
-        return (path for path in (self.folder / part).glob(f"*{ending}") if not path.name.startswith(".partial-"))
+        return (path for path in (self.folder / part).glob(f"*{ending}") if not path.name.startswith(PARTIAL))
 
 
 def _compression(byte_filter: Any) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from autossl.data.files import atomic_write
+from autossl.data.files import KILL_AT, PARTIAL, REMOVING, atomic_write, remove_folder, remove_remnants
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -44,3 +48,34 @@ def test_a_writer_that_fails_on_a_full_disk_is_reported_as_such(
         fail_while_writing(tmp_path / "file")
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+def test_at_the_point_that_is_asked_for_the_process_ends_and_nothing_is_half(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom autossl.data.files import append_text, write_json\n"
+        "write_json(Path(sys.argv[1]) / 'a.json', 1)\nappend_text(Path(sys.argv[1]) / 'log', 'line')\n"
+    )
+    found = []
+    for point in range(1, 10):
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        call = [sys.executable, "-P", "-c", script, str(folder)]
+        ended = subprocess.run(call, env=os.environ | {KILL_AT: str(point)}, start_new_session=True, check=False)
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL))
+        found.append((ended.returncode, names))
+    killed = -signal.SIGKILL
+    json_only, both = ["a.json"], ["a.json", "log"]
+    assert found == [(killed, [])] * 3 + [(killed, json_only)] * 3 + [(killed, both)] * 2 + [(0, both)]
+
+
+def test_a_removed_folder_is_gone_and_remnants_too(tmp_path: Path) -> None:
+    (tmp_path / "run" / "fold_0").mkdir(parents=True)
+    (tmp_path / "run" / "fold_0" / "weights").write_text("")
+    (tmp_path / "run" / f"{REMOVING}1-fold_1" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / f"{PARTIAL}7-weights").write_text("")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    remove_folder(tmp_path / "run" / "fold_0")
+    remove_folder(tmp_path / "run" / "fold_5")
+    assert not (tmp_path / "run" / "fold_0").exists()
+    remove_remnants(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]

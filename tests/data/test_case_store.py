@@ -209,3 +209,26 @@ def test_any_shape_can_be_stored(tmp_path: Path, shape: tuple[int, ...]) -> None
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     write_array(tmp_path / "a.b2nd", array)
     np.testing.assert_array_equal(open_array(tmp_path / "a.b2nd")[:], array)
+
+
+@pytest.mark.parametrize("part", ["image_path", "nonzero_path", "label_path", "locations_path"])
+def test_a_flipped_bit_in_a_case_is_named_with_its_file(tmp_path: Path, part: str) -> None:
+    store = CaseStore(tmp_path)
+    store.write("case", make_case(masked=True))
+    assert store.damaged("case", labeled=True) == {}
+    path = getattr(store, part)("case")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    assert list(store.damaged("case", labeled=True)) == [path]
+    assert list(store.damaged("case", labeled=False)) == ([path] if part in ("image_path", "nonzero_path") else [])
+
+
+def test_changed_properties_are_no_properties(tmp_path: Path) -> None:
+    store = CaseStore(tmp_path)
+    store.write("case", make_case())
+    path = store.properties_path("case")
+    path.write_text(path.read_text().replace("2.5", "3.5", 1))
+    assert not store.has("case", labeled=False)
+    with pytest.raises(InvalidInput, match="checksum does not fit.*autossl_plan_and_preprocess again"):
+        store.properties("case")
