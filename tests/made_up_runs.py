@@ -34,7 +34,7 @@ def planned_run(
         total_steps=100,
     )
     folder = results / "Dataset001_X" / split / f"2d__nano__{method}__seed-{seed}"
-    return PlannedRun(RowKey(role, method, labeled), draw, fold, seed, spec, folder)
+    return PlannedRun(RowKey(role, method, labeled), draw, fold, seed, spec, folder, spec.total_steps)
 
 
 def write_fold(run: PlannedRun, dice: Dice, memory_mb: float = 500.0, seconds_per_step: float = 0.5) -> None:

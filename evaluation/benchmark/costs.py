@@ -144,7 +144,7 @@ def _time_beside_twin(
 
 def _time(plan: BenchmarkPlan, run: PlannedRun, steps: int) -> _Timing | None:
     """Trains for some steps in a workspace of its own that only points to the data; None where that fails."""
-    short = replace(run, fold=FOLD, spec=run.spec.model_copy(update={"total_steps": steps}))
+    short = replace(run, fold=FOLD, asked_steps=steps)
     with tempfile.TemporaryDirectory(prefix="autossl_timing_") as folder:
         scratch = Workspace(Path(folder))
         for target, source in (

@@ -103,7 +103,7 @@ def train_command(plan: BenchmarkPlan, run: PlannedRun) -> list[str]:
     """The command that trains one fold, or goes on with it."""
     request = plan.request
     words = [_executable(), plan.dataset, request.configuration, run.fold, "-m", run.spec.method, "--resume"]
-    words += ["--preset", plan.preset, "--steps", str(run.spec.total_steps), "--seed", str(run.seed)]
+    words += ["--preset", plan.preset, "--steps", str(run.asked_steps), "--seed", str(run.seed)]
     words += ["--device", plan.device, "--workspace", str(plan.workspace.root)]
     if run.row.labeled is not None:
         words += ["--labeled", run.row.labeled, "--draw", str(run.draw)]

@@ -74,6 +74,8 @@ class PlannedRun:
     spec: RunSpec
     folder: Path
     """Of the run; other folds may lie beside this one."""
+    asked_steps: int
+    """A method may multiply them: its rounds may get all of them each."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """As given."""
 
@@ -124,8 +126,8 @@ class BenchmarkPlan:
 
     @property
     def steps(self) -> int:
-        """Of every run."""
-        return self.runs[0].spec.total_steps
+        """Asked for, of every run."""
+        return self.runs[0].asked_steps
 
     @property
     def device(self) -> str:
@@ -295,12 +297,13 @@ def _resolve(
 def _runs_of(setup: RunSetup, row: RowKey, draw: int | None, request: BenchmarkRequest) -> list[PlannedRun]:
     """Of one row and draw: every seed and fold."""
     steps = request.steps or setup.plans.semi_supervised.total_steps
+    total = setup.method.total_steps(steps, setup.settings)
     runs = []
     for seed in request.seeds:
-        spec = replace(setup, request=replace(setup.request, seed=seed)).spec(steps)
+        spec = replace(setup, request=replace(setup.request, seed=seed)).spec(total)
         folder = run_folder(setup.workspace, spec)
         given = _given(request, row.method)
-        runs += [PlannedRun(row, draw, fold, seed, spec, folder, given) for fold in request.folds]
+        runs += [PlannedRun(row, draw, fold, seed, spec, folder, steps, given) for fold in request.folds]
     return runs
 
 

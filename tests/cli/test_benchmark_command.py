@@ -352,6 +352,16 @@ def test_settings_and_places_reach_the_training(workspace: Workspace) -> None:
     assert plan.runs[1].folder.name.startswith("2d__nano__mean_teacher__set-")
 
 
+def test_rounds_that_get_all_steps_each_are_asked_for_by_the_steps_of_one(workspace: Workspace) -> None:
+    full = {"self_training:full": {"full_rounds": "1"}}
+    asked = request(workspace, methods=("self_training", "self_training:full"), settings=full)
+    plan = plan_benchmark(asked)
+    steps = {run.row.method: run.spec.total_steps for run in plan.runs}
+    assert steps == {"supervised": 5, "self_training": 5, "self_training:full": 15}
+    words = execute.train_command(plan, next(run for run in plan.runs if run.row.method == "self_training:full"))
+    assert words[words.index("--steps") + 1] == "5"
+
+
 def test_a_variant_is_a_row_with_settings_of_its_own(workspace: Workspace) -> None:
     names = ("spcl", "spcl:ablation", "spcl:gentle", "supervised:long")
     settings = {
