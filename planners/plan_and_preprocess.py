@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from typing import Any
 from autossl.data.files import write_json
 from autossl.data.image_io import orientation_for
 from autossl.data.integrity import parse_remap_labels
+from autossl.data.locks import hold, lock_beside
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.data.raw_dataset import RawDataset, inspect_raw_dataset
 from autossl.data.splits import Split, load_or_make_split, split_cases
@@ -78,6 +80,8 @@ class PlanRequest:
     """OLD=NEW texts; kept with the data set. None given: those of the last time."""
     replan: bool = False
     """Makes all sizes anew where labels were added; else they stay, and with them what was preprocessed."""
+    wait_s: float = 0.0
+    """For another command that plans or preprocesses this data set."""
 
 
 def plan_and_preprocess(request: PlanRequest, on_progress: Progress | None = None) -> PlanResult:
@@ -87,14 +91,21 @@ def plan_and_preprocess(request: PlanRequest, on_progress: Progress | None = Non
     change are neither scanned nor preprocessed again.
 
     Raises:
-        InvalidInput: With all problems that were found; nothing was written then.
+        InvalidInput: With all problems that were found; nothing was written then. Also where another command plans or
+            preprocesses the data set.
         WorkerError: A worker died; the cases that were finished stay.
     """
-    options = request.options
-    check_options(options)
+    check_options(request.options)
     workspace = Workspace.locate(request.workspace)
     name = workspace.find_dataset(request.dataset)
-    folder = workspace.preprocessed_folder(name)
+    with hold(lock_beside(workspace.preprocessed_folder(name)), f"the preprocessing of {name}", request.wait_s):
+        return _plan_and_preprocess(request, workspace, name, on_progress)
+
+
+def _plan_and_preprocess(
+    request: PlanRequest, workspace: Workspace, name: str, on_progress: Progress | None
+) -> PlanResult:
+    options, folder = request.options, workspace.preprocessed_folder(name)
     with _as_it_was(folder):
         raw, problems = inspect_raw_dataset(workspace.raw_folder(name))
         remap, n_workers = request.remap_labels, request.n_workers
@@ -113,7 +124,7 @@ def plan_and_preprocess(request: PlanRequest, on_progress: Progress | None = Non
     wanted = options.configurations or tuple(plans.configurations)
     data = {}
     if request.preprocess:
-        data = preprocess_planned(raw, fingerprint, plans, wanted, folder, n_workers, on_progress)
+        data = _preprocess_planned(raw, fingerprint, plans, wanted, folder, n_workers, on_progress)
     return PlanResult(name, folder, fingerprint, split, plans, plans_file(folder, plans.preset), data)
 
 
@@ -128,6 +139,8 @@ def preprocess_planned(
 ) -> dict[str, Path]:
     """Preprocesses what is missing for these configurations; also for plans that were edited by hand.
 
+    Waits for another command that does the same: what it makes need not be made again.
+
     Returns:
         Configuration → folder of its cases.
 
@@ -135,6 +148,19 @@ def preprocess_planned(
         InvalidInput: A configuration is not planned, or a case cannot be prepared.
         WorkerError: A worker died; the cases that were finished stay.
     """
+    with hold(lock_beside(preprocessed_folder), f"the preprocessing of {preprocessed_folder.name}", math.inf):
+        return _preprocess_planned(raw, fingerprint, plans, configurations, preprocessed_folder, n_workers, on_progress)
+
+
+def _preprocess_planned(
+    raw: RawDataset,
+    fingerprint: Fingerprint,
+    plans: Plans,
+    configurations: Sequence[str],
+    preprocessed_folder: Path,
+    n_workers: int | None,
+    on_progress: Progress | None,
+) -> dict[str, Path]:
     folders = {name: preprocessed_folder / "data" / plans.data_hash(name) for name in configurations}
     for name, folder in folders.items():
         preprocess_cases(

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 
-from autossl.data.files import write_json
+from autossl.data.files import remove_remnants, write_json
+from autossl.data.locks import hold, lock_beside
 from autossl.data.parallel import usable_cpus
-from autossl.data.runs import CHECKPOINT_LATEST, RunSpec, fold_state, open_run, read_run
+from autossl.data.runs import CHECKPOINT_LATEST, RunSpec, fold_lock, fold_state, open_run, read_run
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
+from autossl.trainers.checkpoints import read_newest, remove_earlier
+from autossl.trainers.extend import extend_run, reopen_fold
 from autossl.trainers.initial_weights import initial_checkpoint, initial_record, load_initial_weights
-from autossl.trainers.loop import LoopOptions, TrainingLoop
+from autossl.trainers.loop import LoopOptions, TrainingInterrupted, TrainingLoop
 from autossl.trainers.memory_trial import fit_to_memory
 from autossl.trainers.refresh import PoolPredictor, blank_pseudo_labels
 from autossl.trainers.setup import RunSetup, TrainRequest, provide_cases, resolve
@@ -32,6 +35,11 @@ from autossl.trainers.speed import seconds_per_step, steps_for_hours
 from autossl.trainers.validation import ValidationResult, validate_fold
 
 logger = logging.getLogger(__name__)
+
+FOLD_WAIT_S = 5.0
+"""For another training of the fold: one that was told to stop saves its state first."""
+RUN_WAIT_S = 60.0
+"""For a training of another fold that writes run.json."""
 
 __all__ = ["FoldResult", "TrainHooks", "TrainRequest", "TrainResult", "train"]
 
@@ -78,24 +86,34 @@ def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult
     """Trains the folds that are not finished yet, and predicts their validation cases.
 
     Raises:
-        InvalidInput: the request cannot be met; nothing was written.
+        InvalidInput: the request cannot be met, or another process trains a fold of it; nothing was written.
         TrainingInterrupted: asked to stop; the state was saved.
         TrainingDiverged: a loss term stayed non-finite.
     """
-    hooks = hooks or TrainHooks()
     setup = resolve(request)
+    with _folds_held(setup):
+        return _train(setup, hooks or TrainHooks())
+
+
+def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
+    request = setup.request
     share_cores(setup.device, _workers(setup))
     provide_cases(setup, hooks.on_preprocess)
     setup = fit_to_memory(setup)
     steps = _total_steps(setup)
+    folder = setup.folder(setup.spec(steps))
+    if request.resume:
+        _use_threads_of(folder, setup.device)
     asked = setup.spec(steps)
-    folder = setup.folder(asked)
     if request.initial_weights is not None:
         asked = asked.model_copy(update={"initial": _initial_records(setup, request.initial_weights, steps)})
+    with hold(lock_beside(folder), f"the files of {folder.name}", RUN_WAIT_S):
+        if request.resume:
+        extend_run(folder, asked, setup.method(setup.job(next(iter(setup.folds)), steps), setup.settings))
     spec = open_run(folder, asked, request.resume, request.overwrite)
-    setup = setup.with_cases_of(spec)
-    write_plans(folder / "plans.json", setup.plans)
-    write_json(folder / "dataset.json", setup.description.to_json())
+        setup = setup.with_cases_of(spec)
+        write_plans(folder / "plans.json", setup.plans)
+        write_json(folder / "dataset.json", setup.description.to_json())
     results = []
     for fold in setup.folds:
         if hooks.on_start is not None:
@@ -104,14 +122,31 @@ def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult
     return TrainResult(folder, spec, tuple(results))
 
 
+@contextmanager
+def _folds_held(setup: RunSetup) -> Iterator[None]:
+    """The locks of the folds; with `overwrite` of all that are there, because the whole run may be removed."""
+    folder = setup.folder(setup.spec(1))
+    names = set(setup.folds)
+    if setup.request.overwrite:
+        names |= {path.name.removeprefix("fold_") for path in folder.glob("fold_*")}
+    with ExitStack() as held:
+        for fold in sorted(names):
+            held.enter_context(hold(fold_lock(folder, fold), f"fold {fold} of {folder.name}", FOLD_WAIT_S))
+        yield
+
+
 def _train_fold(setup: RunSetup, fold: str, spec: RunSpec, folder: Path, hooks: TrainHooks) -> FoldResult:
     finished = fold_state(folder) == "finished"
+    if finished:
+        remove_earlier(folder)
+        finished = not (spec.extended_at and reopen_fold(folder, spec.total_steps))
     job = setup.job(fold, spec.total_steps)
     method = setup.method(job, setup.settings)
     if not job.has_unlabeled and setup.method.name != "supervised":
         logger.warning("fold %s has no unlabeled case: %s trains its labeled-only objective", fold, setup.method.name)
     if not finished:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_remnants(folder)
         _train_to_the_end(setup, fold, method, spec.total_steps, folder, hooks)
     validation = None
     if setup.folds[fold].validation:
@@ -134,15 +169,19 @@ def _train_to_the_end(
             source,
             folder,
             loop_options(setup, fold, steps),
-            refresh=PoolPredictor(setup, fold, method, source.store_folder, _bound(hooks.on_predict, "pseudo-labels")),
+            refresh=PoolPredictor(
+                setup, fold, method, source.store_folder, _bound(hooks.on_predict, "pseudo-labels"), stopped.is_set
+            ),
             on_progress=_bound(hooks.on_step, fold),
             should_stop=stopped.is_set,
         )
-        latest = folder / CHECKPOINT_LATEST
-        if latest.is_file():
-            loop.load_state(read_checkpoint(latest))
+        state = read_newest(folder)
+        if state is not None:
+            loop.load_state(state)
             logger.info("fold %s goes on after step %d of %d", fold, loop.step, steps)
         loop.run()
+        if stopped.is_set():  # in its last step: what comes after it would take long
+            raise TrainingInterrupted(loop.step, folder / CHECKPOINT_FINAL)
 
 
 def loop_options(setup: RunSetup, fold: str, steps: int) -> LoopOptions:
@@ -173,6 +212,19 @@ def share_cores(device: str, num_workers: int) -> None:
     """
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cpus() - num_workers)))
+
+
+def _use_threads_of(folder: Path, device: str) -> None:
+    """On a CPU, a run goes on with as many threads as it began with: other numbers give other last bits.
+
+    OMP_NUM_THREADS, where it is set, is the user's own decision and stays.
+    """
+    if device != "cpu" or "OMP_NUM_THREADS" in os.environ or not (folder / RUN_FILE).is_file():
+        return
+    threads = read_run(folder).threads
+    if threads is not None and threads != torch.get_num_threads():
+        logger.info("%d threads, as when the run began", threads)
+        torch.set_num_threads(threads)
 
 
 def _workers(setup: RunSetup) -> int:

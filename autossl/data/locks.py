@@ -33,6 +33,7 @@ LOOK_EVERY_S = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MAX_RECORD_BYTES = 4096
+FOLDER = ".locks"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Holder:
 
     def __str__(self) -> str:
         return f"{self.command} (process {self.pid} on {self.host}, since {self.since})"
+
+
+def lock_beside(folder: Path, part: str = "") -> Path:
+    """The lock of a folder, or of a part of it; outside, because folders are removed and made again."""
+    return folder.parent / FOLDER / f"{folder.name}{part and '__'}{part}.lock"
 
 
 @contextmanager
@@ -234,7 +240,7 @@ def _release(path: Path, descriptor: int, inherited: bool, made: list[Path]) -> 
         elif _is_at(path, descriptor):
             path.unlink()
     os.close(descriptor)
-    for folder in made:
+    for folder in made if path.parent.name != FOLDER else dict.fromkeys([path.parent, *made]):
         with suppress(OSError):
             folder.rmdir()  # those that hold something stay
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autossl.data.draws import normal_budget
-from autossl.data.files import content_hash, read_json, write_json
+from autossl.data.files import REMOVING, content_hash, read_json, remove_folder, write_json
+from autossl.data.locks import lock_beside
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.data.splits import Fold
 from autossl.data.workspace import Workspace
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CHECKPOINT_LATEST = "checkpoint_latest.pth"
+CHECKPOINT_PREVIOUS = "checkpoint_previous.pth"
 CHECKPOINT_FINAL = "checkpoint_final.pth"
 NAME_PART = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*$")
 """No double underscore (it parts the names of a folder), nothing that a file system refuses."""
@@ -36,6 +38,7 @@ IDENTITY = (
     "plans_hash",
     "settings",
     "total_steps",
+    "extended_at",
     "labeled_batch_size",
     "unlabeled_batch_size",
     "initial_weights",
@@ -62,6 +65,10 @@ class RunSpec(BaseModel):
     changed_settings: dict[str, Any] = {}
     """Those that differ from the defaults."""
     total_steps: int = Field(ge=1)
+    extended_at: tuple[int, ...] = ()
+    """Steps at which the run was finished and then extended: its schedule was not made for its length."""
+    deterministic: bool = False
+    """Whether only deterministic operations were allowed (--deterministic). Not compared."""
     labeled_batch_size: int | None = None
     unlabeled_batch_size: int | None = None
     initial_weights: str | None = None
@@ -168,6 +175,11 @@ def fold_state(fold_folder: Path) -> FoldState:
     return "unfinished" if fold_folder.is_dir() and any(fold_folder.iterdir()) else "absent"
 
 
+def fold_lock(folder: Path, fold: str) -> Path:
+    """The lock that a training of the fold holds."""
+    return lock_beside(folder, f"fold-{fold}")
+
+
 def open_run(folder: Path, spec: RunSpec, resume: bool = False, overwrite: bool = False) -> RunSpec:
     """Starts a run, or opens one that exists with the same specification; writes run.json.
 
@@ -184,12 +196,16 @@ def open_run(folder: Path, spec: RunSpec, resume: bool = False, overwrite: bool 
         InvalidInput: where the folder holds a run with another specification (naming each field), a fold is unfinished
             and neither `resume` nor `overwrite` was asked for, or run.json is damaged.
     """
+    for remnant in folder.parent.glob(f"{REMOVING}*-{folder.name}"):
+        shutil.rmtree(remnant, ignore_errors=True)
     stored = _stored_spec(folder, overwrite)
     if stored is None:
-        if folder.exists() and overwrite:
-            shutil.rmtree(folder)
+        if overwrite:
+            remove_folder(folder)
         write_json(folder / RUN_FILE, spec.model_dump(mode="json"))
         return spec
+    if not overwrite:
+        spec = spec.model_copy(update={"extended_at": stored.extended_at})
     states = {key: fold_state(folder / f"fold_{key}") for key in spec.folds}
     different = spec_differences(stored, spec, [key for key in spec.folds if states[key] != "absent" and not resume])
     if overwrite:
@@ -218,6 +234,8 @@ def find_runs(workspace: Workspace, dataset: str, wanted: RunFilter | None = Non
     """The dataset's runs that fit, by folder name. Folders with a damaged run.json are passed over with a warning."""
     found = []
     for path in sorted(workspace.results_folder(dataset).glob(f"*/*/{RUN_FILE}")):
+        if path.parent.name.startswith(REMOVING):  # a killed --overwrite was about to remove it
+            continue
         try:
             spec = read_run(path.parent)
         except InvalidInput as error:
@@ -324,11 +342,11 @@ def spec_differences(stored: RunSpec, asked: RunSpec, folds: list[str]) -> list[
 def _start_again(folder: Path, stored: RunSpec | None, spec: RunSpec) -> RunSpec:
     """Removes the folds that are asked for (stored: the same run), or everything."""
     if stored is None:
-        shutil.rmtree(folder)
+        remove_folder(folder)
         write_json(folder / RUN_FILE, spec.model_dump(mode="json"))
         return spec
     for key in spec.folds:
-        shutil.rmtree(folder / f"fold_{key}", ignore_errors=True)
+        remove_folder(folder / f"fold_{key}")
     return _write_merged(folder, stored, spec, set())
 
 
@@ -350,7 +368,7 @@ def _write_merged(folder: Path, stored: RunSpec, spec: RunSpec, kept: set[str]) 
 
 
 def _log_environment(stored: RunSpec, asked: RunSpec) -> None:
-    for name in ("threads", "device", "versions"):
+    for name in ("threads", "device", "deterministic", "versions"):
         before, now = getattr(stored, name), getattr(asked, name)
         if before and now and before != now:
             logger.warning(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from autossl.data.description import DatasetDescription, read_description
 from autossl.data.labels import LabelSchema
+from autossl.data.locks import holder_of
 from autossl.data.problems import InvalidInput, Problem
-from autossl.data.runs import CHECKPOINT_FINAL, FoundRun, RunSpec, fold_state, read_run
+from autossl.data.runs import CHECKPOINT_FINAL, FoundRun, RunSpec, fold_lock, fold_state, read_run
 from autossl.inference.checkpoint import read_trained_networks, separate_channels
 from autossl.inference.predictor import Predictor, Window
 from autossl.networks.prediction import PredictionSpec
@@ -183,7 +184,7 @@ def _choose_folds(folder: Path, asked: Sequence[str] | None) -> tuple[str, ...]:
         numbers = sorted((fold for fold in finished if fold.isdecimal()), key=int)
         unfinished = sorted(set(there) - set(finished))
         if unfinished and finished:
-            logger.warning("fold %s is unfinished and does not take part", ", ".join(unfinished))
+            logger.warning("%s; only finished folds take part", "; ".join(_state(folder, fold) for fold in unfinished))
         asked = numbers or finished
         if not asked:
             raise InvalidInput(
@@ -193,7 +194,7 @@ def _choose_folds(folder: Path, asked: Sequence[str] | None) -> tuple[str, ...]:
             )
     problems = [
         Problem(
-            f"fold {fold} is {fold_state(folder / f'fold_{fold}')}",
+            _state(folder, fold),
             f"one of the finished folds: {', '.join(finished) or 'none'}",
             "choose another with -f, or finish it with autossl_train --resume",
             file=folder,
@@ -204,3 +205,10 @@ def _choose_folds(folder: Path, asked: Sequence[str] | None) -> tuple[str, ...]:
     if problems:
         raise InvalidInput(problems)
     return tuple(dict.fromkeys(asked))
+
+
+def _state(folder: Path, fold: str) -> str:
+    """In words, with who trains it now."""
+    holder = holder_of(fold_lock(folder, fold))
+    being = "" if holder is None else f", {holder} works on it"
+    return f"fold {fold} is {fold_state(folder / f'fold_{fold}')}{being}"

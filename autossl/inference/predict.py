@@ -19,6 +19,7 @@ import torch
 from autossl.data.case_files import case_files, modality_files
 from autossl.data.files import read_json, write_json
 from autossl.data.geometry import Geometry
+from autossl.data.locks import hold
 from autossl.data.prepared import PreparedCase
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter, choose_run
@@ -132,7 +133,8 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
 
     Raises:
         InvalidInput: the request, the model or the images are wrong (nothing is written then), or single images could
-            not be read (the others are predicted, and all that failed are named).
+            not be read (the others are predicted, and all that failed are named); or another process predicts into the
+            same folder.
     """
     _check_request(request)
     device = resolve_device(request.device)
@@ -145,18 +147,24 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     wanted = Wanted(request.save_probabilities, request.save_uncertainty)
     outputs = OutputFolder(request.output, model.first.description.file_ending, wanted, model.n_voters)
     record = _record(request, chosen_model, channels)
-    skipped = _check_outputs(request, outputs, chosen, record)
-    loaded = model.load(device, request.mirroring, request.step_size, channels)
-    todo = {case: files for case, files in chosen.items() if case not in skipped}
-    job = _Job(loaded, outputs, wanted, record, chosen_model.rules)
-    members = tuple((member.folder, member.folds) for member in model.members)
-    named = " and ".join(f"{folder}, fold {', '.join(folds)}" for folder, folds in members)
-    logger.info("%d cases with %s, on %s", len(todo), named, device)
-    predicted, problems = _predict_all(job, todo, on_progress)
+    with hold(_lock(request), f"predictions into {request.output}"):
+        skipped = _check_outputs(request, outputs, chosen, record)
+        loaded = model.load(device, request.mirroring, request.step_size, channels)
+        todo = {case: files for case, files in chosen.items() if case not in skipped}
+        job = _Job(loaded, outputs, wanted, record, chosen_model.rules)
+        members = tuple((member.folder, member.folds) for member in model.members)
+        named = " and ".join(f"{folder}, fold {', '.join(folds)}" for folder, folds in members)
+        logger.info("%d cases with %s, on %s", len(todo), named, device)
+        predicted, problems = _predict_all(job, todo, on_progress)
     if problems:
         title = f"{len(todo) - len(predicted)} of {len(todo)} cases could not be predicted; the others are done:"
         raise InvalidInput(problems, title=title)
     return PredictResult(members, chosen_model.plan, request.output, tuple(predicted), tuple(skipped))
+
+
+def _lock(request: PredictRequest) -> Path:
+    """One process at a time predicts a part; the parts may be predicted side by side."""
+    return Path(request.output) / f".prediction-{request.part_id}-of-{request.num_parts}.lock"
 
 
 @dataclass(frozen=True)

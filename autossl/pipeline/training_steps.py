@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,7 @@ def _plan(request: ExperimentRequest, workspace: Workspace, dataset: str, preset
         options=PlanOptions(preset=preset, configurations=request.configurations or None, methods=tuple(all_methods())),
         preprocess=False,
         n_workers=request.num_processes,
+        wait_s=math.inf,
     )
     plan_and_preprocess(asked, lambda stage, case, done, total: report(done, total, {}))
 

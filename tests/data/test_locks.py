@@ -189,6 +189,9 @@ def test_a_drive_without_locks_is_said_and_process_numbers_decide(
     path.write_text(json.dumps(asdict(replace(Holder.this_process(), started="1"))))  # the number came again
     with hold(path, "fold 0"):
         pass
+    path.write_text(json.dumps(asdict(replace(Holder.this_process(), boot="before the power cut"))))
+    with hold(path, "fold 0"):
+        pass
     path.write_text(json.dumps(asdict(elsewhere())))
     assert "node17" in problem_of(path)
 

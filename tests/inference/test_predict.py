@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from tiny_model import DATASET, tiny_plans, write_tiny_images, write_tiny_pictur
 
 from autossl.data.image_io import read_image, read_label
 from autossl.data.labels import LabelSchema
+from autossl.data.locks import Holder, hold
 from autossl.data.probabilities import labels_of, probabilities_file, read_probabilities
 from autossl.data.problems import InvalidInput
-from autossl.data.runs import RunFilter
+from autossl.data.runs import RunFilter, fold_lock
 from autossl.data.store import CaseStore
 from autossl.inference.model_folder import read_model
 from autossl.inference.predict import PredictProgress, PredictRequest, predict
@@ -306,3 +308,30 @@ def test_the_fold_all_is_used_only_where_it_is_alone_or_named(request_of: Callab
     request = request_of({"0": 1, "all": 1})
     assert predict(request).folds == ("0",)
     assert predict(replace(request, folds=("all",), overwrite=True)).folds == ("all",)
+
+
+def test_two_processes_do_not_predict_into_one_folder(request_of: Callable[..., PredictRequest]) -> None:
+    request = request_of()
+
+    def meet(at: PredictProgress) -> None:
+        with pytest.raises(InvalidInput, match=rf"process {os.getpid()} .* works on predictions into .*out"):
+            predict(replace(request, resume=True))
+        if at.case == "a" and at.share == 0:
+            assert predict(replace(request, num_parts=3, part_id=2)).predicted == ()  # another part
+
+    assert predict(request, meet).predicted == ("a", "b")
+
+
+def test_a_fold_in_training_is_named_with_who_trains_it(
+    request_of: Callable[..., PredictRequest], caplog: pytest.LogCaptureFixture
+) -> None:
+    request = request_of(("0", "1"))
+    folder = request.model or Path()
+    (folder / "fold_1" / "checkpoint_final.pth").rename(folder / "fold_1" / "checkpoint_latest.pth")
+    with hold(fold_lock(folder, "1"), "fold 1"):
+        predict(request)
+        assert f"fold 1 is unfinished, {Holder.this_process().command} (process {os.getpid()} on" in caplog.text
+        with pytest.raises(InvalidInput, match=rf"fold 1 is unfinished, .*process {os.getpid()} .* works on it"):
+            predict(replace(request, folds=("1",)))
+    with pytest.raises(InvalidInput, match=r"fold 1 is unfinished\. Expected"):
+        predict(replace(request, folds=("1",)))

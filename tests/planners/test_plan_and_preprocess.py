@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import threading
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ import numpy as np
 import pytest
 
 from autossl.data.files import read_json, write_json
+from autossl.data.locks import Holder, hold, lock_beside
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
+from autossl.data.raw_dataset import read_raw_dataset
 from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import (
@@ -24,6 +29,7 @@ from autossl.planners.plan_and_preprocess import (
     find_plans,
     plan_and_preprocess,
     plans_file,
+    preprocess_planned,
 )
 from autossl.planners.plan_experiment import PlanOptions
 
@@ -196,3 +202,20 @@ def test_plans_of_another_dataset_are_refused(planned: Workspace) -> None:
     (other / "plans_nano.json").write_text(json.dumps(result.plans.to_json()))
     with pytest.raises(InvalidInput, match=f"plans of {result.dataset_name} lie in the folder of Dataset777_Other"):
         find_plans(other)
+
+
+def test_two_commands_do_not_prepare_one_dataset_at_once(planned: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    result = _plan(planned)
+    lock, before = lock_beside(result.folder), _tree(planned.root)
+    with hold(lock, "the preprocessing of it"):
+        with pytest.raises(InvalidInput, match=rf"process {os.getpid()} .* works on the preprocessing of Dataset"):
+            _plan(planned, preprocess=True)
+        assert {name: content for name, content in _tree(planned.root).items() if not name.endswith(".lock")} == before
+    held, raw = ExitStack(), read_raw_dataset(_raw(planned))
+    held.enter_context(hold(lock, "the preprocessing of it"))
+    threading.Timer(0.3, held.close).start()
+    with caplog.at_level(logging.INFO):  # a run waits for what it needs as well
+        made = preprocess_planned(raw, result.fingerprint, result.plans, ["2d"], result.folder, 1)
+    assert f"waiting for {Holder.this_process().command} (process {os.getpid()}" in caplog.text
+    assert len(list((made["2d"] / "images").glob("*.b2nd"))) == 5
+    assert not lock.parent.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -22,6 +23,7 @@ from autossl.data.labels import LabelSchema
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.probabilities import labels_of, probabilities_file, read_probabilities
 from autossl.data.problems import InvalidInput
+from autossl.data.runs import fold_state, read_run
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
@@ -285,6 +287,27 @@ def test_hours_become_steps(workspace: Workspace, monkeypatch: pytest.MonkeyPatc
         train(request(workspace, steps=None, hours=0.01, tag="hours"), TrainHooks(on_step=_stop_at_once))
     assert caught.value.step >= 100
     assert caught.value.step == steps_for_hours(0.01, seconds=0.25, n_folds=1)
+
+
+def test_two_processes_do_not_train_one_fold(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behind_training, "FOLD_WAIT_S", 0.1)
+    met: list[str] = []
+
+    def meet(fold: str, done: int, total: int, losses: dict[str, float]) -> None:
+        if done != 1:
+            return
+        for changes in ({"resume": True}, {"folds": ("1",), "overwrite": True, "steps": 5}):
+            with pytest.raises(InvalidInput) as caught:  # the latter would remove the run, and this fold with it
+                train(request(workspace, **changes))
+            met.append(str(caught.value))
+        train(request(workspace, folds=("1",)))
+
+    result = train(request(workspace), TrainHooks(on_step=meet))
+    assert len(met) == 2
+    assert all(f"process {os.getpid()} on" in said and "works on fold 0 of 2d__nano" in said for said in met)
+    assert fold_state(result.folder / "fold_0") == fold_state(result.folder / "fold_1") == "finished"
+    assert set(read_run(result.folder).folds) == {"0", "1"}
+    assert [path.name for path in result.folder.parent.iterdir()] == [result.folder.name]
 
 
 def _stop_at_once(fold: str, done: int, total: int, losses: dict[str, float]) -> None:
