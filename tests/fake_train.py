@@ -43,7 +43,7 @@ def main(words: list[str]) -> int:
         write_log(folder, fold, 2, method)
         signal.pause()
         print("state saved")
-        return 130
+        return 3
     time.sleep(0.1)
     write_log(folder, fold, steps, method)
     (folder / f"fold_{fold}" / "checkpoint_final.pth").write_bytes(b"")
@@ -73,7 +73,7 @@ def copy_fold(words: list[str]) -> int:
     for step in range(len(log.read_text().splitlines()) if log.is_file() else 0, int(value("--steps"))):
         if stopped:
             print("state saved")
-            return 130
+            return 3
         time.sleep(float(os.environ["FAKE_SECONDS"]))
         write_log(target, fold, step + 1, value("-m"))
     for path in sorted(path for path in (finished / f"fold_{fold}").rglob("*") if path.is_file()):

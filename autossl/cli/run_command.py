@@ -1,7 +1,7 @@
 """What all commands share: their parser, logging, and how a fault becomes a message and an exit code.
 
-Exit codes: 0 done, 1 failed (disk full, memory, a worker that died), 2 the user's input is wrong, 130 interrupted.
-A traceback is shown only for what nobody foresaw, because that is ours to mend.
+Exit codes: 0 done, 1 failed (a defect of ours, disk full, memory, a worker that died), 2 the user's input is wrong,
+3 interrupted, and the same command goes on. A failure leaves a log with its traceback; --verbose shows it at once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from autossl.cli.fault_log import KeptLines, traceback_text, write_fault_log
 from autossl.cli.overview import COMMANDS
+from autossl.data.signals import terminated_as_interrupted
 from autossl.version import __version__
 
-FAILED, INVALID, INTERRUPTED = 1, 2, 130
+DONE, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 3
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -33,7 +36,9 @@ def new_parser(command: str, epilog: str | None = None) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"autossl {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more while working")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say more while working, and show the traceback of a fault"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="say warnings and results only")
     return parser
 
@@ -41,7 +46,7 @@ def new_parser(command: str, epilog: str | None = None) -> argparse.ArgumentPars
 def run_command(
     parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Parses, runs the action and returns the exit code; raises only what nobody foresaw.
+    """Parses, runs the action and returns the exit code; says why where it is not 0.
 
     Args:
         parser: From `new_parser`.
@@ -52,25 +57,32 @@ def run_command(
     # PyTorch's idle threads sleep instead of spinning: beside other work on the machine spinning costs more than it
     # saves. It is read when PyTorch is imported, which no command has done yet; the user's own choice stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    kept = KeptLines()
     try:
-        with _log_lines(arguments.verbose, arguments.quiet):
+        with _log_lines(arguments.verbose, arguments.quiet, kept), terminated_as_interrupted():
             action(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # whoever read our output has seen enough (autossl_methods | head); keep the interpreter from flushing again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        _say(f"{parser.prog}: interrupted. What is finished is kept; run the command again to go on.")
-        return INTERRUPTED
-    except Exception as error:
-        explained = _explain(error)
-        if explained is None:
-            raise
-        code, message = explained
+    except (KeyboardInterrupt, Exception) as error:
+        code, message = _explain(error)
+        if arguments.verbose:
+            _say(traceback_text(error).rstrip())
         _say(f"{parser.prog}: {message}")
+        if code == FAILED:
+            log = write_fault_log(parser.prog, argv, error, kept, _workspace(arguments))
+            _say(f"Log with the traceback: {log or 'could not be written; --verbose shows it'}")
         return code
-    return 0
+    return DONE
+
+
+def _workspace(arguments: argparse.Namespace) -> Path | None:
+    """Root of the workspace of a command that has one."""
+    from autossl.data.workspace import Workspace
+
+    return Workspace.locate(arguments.workspace).root if "workspace" in arguments else None
 
 
 class _StandardError(logging.Handler):
@@ -85,12 +97,16 @@ class _StandardError(logging.Handler):
 
 
 @contextlib.contextmanager
-def _log_lines(verbose: bool, quiet: bool) -> Iterator[None]:
-    """Log lines go to standard error while the block runs; afterwards logging is as it was (for callers in Python)."""
+def _log_lines(verbose: bool, quiet: bool, kept: logging.Handler) -> Iterator[None]:
+    """Log lines go to standard error while the block runs, and all of them to `kept`.
+
+    Afterwards logging is as it was (for callers in Python).
+    """
+    shown = _StandardError(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     ours = logging.getLogger("autossl")
     before = ours.handlers, ours.propagate, ours.level
-    ours.handlers, ours.propagate = [_StandardError()], False
-    ours.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    ours.handlers, ours.propagate = [shown, kept], False
+    ours.setLevel(logging.DEBUG)
     try:
         with warnings.catch_warnings():
             if not verbose:
@@ -101,11 +117,13 @@ def _log_lines(verbose: bool, quiet: bool) -> Iterator[None]:
         ours.setLevel(before[2])
 
 
-def _explain(error: BaseException) -> tuple[int, str] | None:
-    """Exit code and message for a fault that is not a defect of ours; None where it may be one."""
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message."""
     from autossl.data.parallel import WorkerError
     from autossl.data.problems import InvalidInput
 
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted. What is finished is kept; run the command again to go on."
     if isinstance(error, InvalidInput):
         return INVALID, str(error)
     for cause in _causes(error):
@@ -118,18 +136,21 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, WorkerError):
         if any(f"[Errno {number}]" in error.details for number in DISK_FULL):
             return FAILED, _disk_full(None, error.item)
+        if any(f"[Errno {number}]" in error.details for number in NOT_PERMITTED):
+            return INVALID, _not_permitted(OSError(0, error.details.splitlines()[-1]))
         return FAILED, str(error)
     return _explain_training(error)
 
 
-def _explain_training(error: BaseException) -> tuple[int, str] | None:
+def _explain_training(error: BaseException) -> tuple[int, str]:
     """Ends of a training run that are no defects; by name, because importing the loop imports torch."""
     name = type(error).__name__
     if name == "TrainingInterrupted":
         return INTERRUPTED, str(error)
-    if name in ("TrainingDiverged", "StepFailed"):
+    if name in ("TrainingDiverged", "StepFailed", "LoadingError"):
         return FAILED, str(error)
-    return None
+    said = f" ({error})" if str(error) else ""
+    return FAILED, f"internal error: {name}{said}. This is a defect of autossl. What to do: report it with the log."
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

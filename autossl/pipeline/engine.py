@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from autossl.data.problems import InvalidInput, Problem, nearest
-from autossl.evaluation.benchmark.execute import terminated_as_interrupted
+from autossl.data.signals import terminated_as_interrupted
 from autossl.evaluation.benchmark.provenance import package_commit
 from autossl.evaluation.benchmark.results import add_attempt
 from autossl.pipeline.steps import Ledger, Report, Step, check_order, file_name, missing_inputs, total_of

@@ -18,8 +18,9 @@ from typing import Any
 
 from autossl.data.files import content_hash, read_json, write_json
 from autossl.data.runs import read_run
+from autossl.data.signals import terminated_as_interrupted
 from autossl.data.workspace import Workspace
-from autossl.evaluation.benchmark.execute import OnProgress, environment, terminated_as_interrupted, train_command
+from autossl.evaluation.benchmark.execute import OnProgress, environment, train_command
 from autossl.evaluation.benchmark.provenance import machine, package_commit
 from autossl.evaluation.benchmark.request import BenchmarkPlan, PlannedRun
 from autossl.evaluation.benchmark.results import read_log

@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.signals import terminated_as_interrupted
 from autossl.evaluation.benchmark.provenance import package_commit
 from autossl.evaluation.benchmark.request import BenchmarkPlan, PlannedRun
 from autossl.evaluation.benchmark.results import add_attempt, last_step
@@ -183,23 +181,6 @@ def _keep_record(job: _Job) -> tuple[int, float]:
     code, seconds = job.process.wait(), time.monotonic() - job.began
     add_attempt(job.run.fold_folder, {**job.attempt, "seconds": round(seconds, 1), "exit_code": code})
     return code, seconds
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM becomes KeyboardInterrupt, so that the trainings are ended as with Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Tally:

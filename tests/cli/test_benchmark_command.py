@@ -179,7 +179,7 @@ def test_trainings_run_side_by_side_and_save_when_stopped(
     assert not twin.is_finished
     log = workspace.results_folder(PHANTOM.name) / "benchmarks" / plan_benchmark(asked).name / "logs"
     assert "state saved" in next(log.glob("*supervised*")).read_text()
-    assert json.loads((twin.fold_folder / "benchmark.json").read_text())["attempts"][0]["exit_code"] == 130
+    assert json.loads((twin.fold_folder / "benchmark.json").read_text())["attempts"][0]["exit_code"] == 3
     outlook = what_would_run(asked)
     assert [(run.row.method, left) for run, left in outlook.steps_left.items()] == [("supervised", 3)]
     assert list(outlook.seconds.values()) == [pytest.approx(3 / 10)]

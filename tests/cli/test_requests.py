@@ -137,7 +137,7 @@ def test_a_stopped_training_says_how_to_go_on(
         raise TrainingInterrupted(12, Path("fold_0/checkpoint_latest.pth"))
 
     monkeypatch.setattr(behind_training, "train", stand_in)
-    assert train.main(["4", "2d", "0"]) == 130
+    assert train.main(["4", "2d", "0"]) == 3
     captured = capsys.readouterr().err
     assert "stopped after step 12" in captured
     assert "--resume" in captured

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import errno
+import inspect
 import logging
+import os
 import signal
 import subprocess
 import sys
+import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
+from autossl.cli.options import add_workspace
+from autossl.cli.overview import COMMANDS
 from autossl.cli.run_command import new_parser, run_command
 from autossl.data.parallel import WorkerError
 from autossl.data.problems import InvalidInput, Problem
@@ -19,11 +25,25 @@ from autossl.data.problems import InvalidInput, Problem
 INVALID = InvalidInput(Problem("found this", "that", "do so", case="c1"))
 
 
-def run_that_raises(error: BaseException) -> int:
+class LoadingError(RuntimeError):
+    """Known by its name, as what comes from the training loop."""
+
+
+@pytest.fixture(autouse=True)
+def folder_of_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+def run_that_raises(error: BaseException, *options: str) -> int:
     def action(arguments: argparse.Namespace) -> None:
+        logging.getLogger("autossl.somewhere").debug("what came before")
         raise error
 
-    return run_command(new_parser("autossl_evaluate"), action, [])
+    parser = new_parser("autossl_evaluate")
+    add_workspace(parser)
+    return run_command(parser, action, list(options))
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -41,22 +61,84 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (WorkerError("case_7", "its worker process was killed by SIGKILL"), 1, "case_7: its worker process was killed"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "the system refuses access to /x"),
         (MemoryError("32 GiB"), 1, "memory ran out (32 GiB)"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (WorkerError("case_7", "PermissionError: [Errno 13] Permission denied: '/x'"), 2, "Permission denied: '/x'"),
+        (LoadingError("a loading worker died"), 1, "a loading worker died"),
+        (KeyboardInterrupt(), 3, "interrupted"),
+        (ZeroDivisionError("3 / 0"), 1, "internal error: ZeroDivisionError (3 / 0). This is a defect of autossl."),
     ],
 )
-def test_a_foreseen_fault_becomes_its_exit_code_and_message(
-    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+def test_a_fault_becomes_its_exit_code_and_message(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str], folder_of_logs: Path
 ) -> None:
     assert run_that_raises(error) == code
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+    logs = list(folder_of_logs.iterdir())
+    assert len(logs) == (code == 1)
+    assert all(f"Log with the traceback: {log}\n" in captured.err for log in logs)
+    run_that_raises(error, "--verbose")
+    verbose = capsys.readouterr().err
+    assert verbose.index("Traceback (most recent call last)") < verbose.index("autossl_evaluate: ")
 
 
-def test_a_defect_of_ours_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_that_raises(ZeroDivisionError())
+def test_the_log_of_a_failure_holds_what_was_asked_done_and_raised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder_of_logs: Path
+) -> None:
+    workspace = tmp_path / "work space"
+    workspace.mkdir()
+    assert run_that_raises(ZeroDivisionError(), "-q", "--workspace", str(workspace)) == 1
+    (log,) = (workspace / "logs").iterdir()
+    assert str(log) in capsys.readouterr().err
+    text = log.read_text()
+    assert f"$ autossl_evaluate -q --workspace '{workspace}'\nautossl " in text
+    assert "DEBUG autossl.somewhere: what came before" in text
+    assert text.endswith("ZeroDivisionError\n")
+    assert not list(folder_of_logs.iterdir())
+    (workspace / "logs").rename(workspace / "before")
+    (workspace / "logs").write_text("")  # as a place that cannot be written to
+    run_that_raises(ZeroDivisionError(), "--workspace", str(workspace))
+    assert len(list(folder_of_logs.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_told_to_stop_ends_its_workers_and_exits_with_3(number: int, tmp_path: Path) -> None:
+    script = f"""
+import pathlib, time, os
+from autossl.cli.options import add_workspace
+from autossl.cli.overview import COMMANDS
+from autossl.cli.run_command import new_parser, run_command
+from autossl.data.locks import hold
+from autossl.data.parallel import parallel_map
+def work(n):
+    pathlib.Path({str(tmp_path)!r}, "worker-" + str(os.getpid())).touch()
+    time.sleep(60)
+def action(arguments):
+    with hold(pathlib.Path({str(tmp_path / "lock")!r}), "it"):
+        list(parallel_map(work, range(4), 2))
+raise SystemExit(run_command(new_parser("autossl_evaluate"), action, []))
+"""
+    command = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("worker-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    command.send_signal(number)
+    assert command.wait(timeout=20) == 3
+    assert command.stderr is not None
+    assert command.stderr.read().startswith("autossl_evaluate: interrupted. What is finished is kept")
+    assert not (tmp_path / "lock").exists()
+    workers = [int(path.name.removeprefix("worker-")) for path in tmp_path.glob("worker-*")]
+    assert len(workers) == 2
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):  # not even a zombie
+            os.kill(worker, 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"autossl"}))
+def test_every_command_ends_that_way(name: str) -> None:
+    (entry,) = entry_points(group="console_scripts", name=name)
+    assert "run_command(_parser()" in inspect.getsource(entry.load())
 
 
 def test_success_returns_zero() -> None:

@@ -202,7 +202,7 @@ def test_a_command_that_leaves_no_file_has_failed(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_the_commands(tmp_path: Path) -> None:
-    note = "import signal, sys\nsignal.signal(15, lambda *_: (print('state saved', flush=True), sys.exit(130)))\n"
+    note = "import signal, sys\nsignal.signal(15, lambda *_: (print('state saved', flush=True), sys.exit(3)))\n"
     words = [sys.executable, "-SE", "-c", f"{note}print('ready', flush=True)\nimport time\ntime.sleep(20)"]
     step = Step("a", (), (tmp_path / "a",), command=lambda device: words, progress=lambda: (1, 2))
     log = tmp_path / "logs" / "a.log"
