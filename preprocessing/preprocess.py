@@ -1,8 +1,8 @@
 """Preprocesses a dataset's cases into a store: in parallel, and only what is not there yet.
 
-Each array remembers the files it was made from (name, size, time of change). A case is made again when its images
-changed, only its label when that came, changed or is read differently, and nothing when all is as it was. What another
-configuration or preset prepared in the same way is linked, not computed.
+Each array remembers the files it was made from (name, size, time of change) and a checksum. A case is made again when
+its images changed or it is damaged, only its label when that came, changed or is read differently, and nothing when all
+is as it was. What another configuration or preset prepared in the same way is linked, not computed.
 """
 
 from __future__ import annotations
@@ -180,10 +180,19 @@ class _CaseWork:
         }
 
     def _has_image(self, store: CaseStore, case: Case) -> bool:
-        return store.has(case.id, labeled=False) and _source(store.image_path(case.id)) == file_stamps(*case.images)
+        stamps = file_stamps(*case.images)
+        return (
+            store.has(case.id, labeled=False)
+            and _source(store.image_path(case.id)) == stamps
+            and not _damaged(store, case, labeled=False)
+        )
 
     def _has_label(self, store: CaseStore, case: Case) -> bool:
-        return store.has(case.id, labeled=True) and _source(store.label_path(case.id)) == self._label_source(case)
+        return (
+            store.has(case.id, labeled=True)
+            and _source(store.label_path(case.id)) == self._label_source(case)
+            and not _damaged(store, case, labeled=True)
+        )
 
     def _is_shared(self, other: CaseStore, case: Case) -> bool:
         """Whether another store holds the very values that this one would get."""
@@ -209,6 +218,14 @@ def _source(path: Path) -> Any:
         return read_source(path)
     except InvalidInput:
         return None
+
+
+def _damaged(store: CaseStore, case: Case, labeled: bool) -> bool:
+    """Whether content does not fit its checksum; says of which file."""
+    damaged = store.damaged(case.id, labeled)
+    for path, damage in damaged.items():
+        logger.warning("%s: %s; it is made again", path, damage)
+    return bool(damaged)
 
 
 def _product(shape: Any) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from autossl.data.runs import CHECKPOINT_LATEST
 from autossl.trainers.base import (
     Batch,
     BatchRequest,
@@ -28,7 +29,7 @@ from autossl.trainers.base import (
     SemiSupervisedTrainer,
     derive_seed,
 )
-from autossl.trainers.checkpoints import load_parts_state, parts_state, write_checkpoint
+from autossl.trainers.checkpoints import load_parts_state, parts_state, write_final, write_latest
 from autossl.trainers.gradient_share import gradient_shares, measuring_interval
 from autossl.trainers.optimization import (
     GroupOptimizer,
@@ -94,6 +95,10 @@ class TrainingInterrupted(Exception):
         super().__init__(f"stopped after step {step}; {checkpoint} holds the state, --resume goes on from there")
 
 
+class RefreshStopped(Exception):
+    """A refresh was asked to stop; the cases that it has predicted stay."""
+
+
 class TrainingDiverged(RuntimeError):
     """A loss term stayed nan or infinite."""
 
@@ -107,7 +112,7 @@ class TrainingLoop:
         folder: the fold's folder, for checkpoints and log.
         options: device, lengths and intervals.
         refresh: predicts the unlabeled pool with a trained part into a store; needed by methods that declare it. True
-            ends the run there, with the weights as they are.
+            ends the run there, with the weights as they are; `RefreshStopped` where it was asked to stop.
         on_progress: called after each step with (steps done, total, latest losses).
         should_stop: asked after each step; True saves and raises `TrainingInterrupted`.
     """
@@ -139,6 +144,7 @@ class TrainingLoop:
         self._bad_streaks: dict[str, int] = {}
         self._dropped_terms: dict[str, int] = {}
         self._means = IntervalMeans()
+        self._log_lines = 0
         self._optimizers: list[GroupOptimizer] = []
         plan = method.job.configuration
         self._planned = PlannedOptimizer(plan.learning_rate, plan.momentum)
@@ -157,19 +163,16 @@ class TrainingLoop:
             TrainingInterrupted: asked to stop; the state was saved.
             TrainingDiverged: a term stayed non-finite.
         """
-        log = TrainingLog(self.folder, self.step)
+        log = TrainingLog(self.folder, self.step, self._log_lines)
         try:
             while self.step < self.options.total_steps:
                 if self._refresh_and_enter_phase():
                     break
                 self._run_until(self.timetable.next_border(self.step), log)
-            self._finish()
+            log.draw()
+            write_final(self.folder, self.state())  # last: it says that the fold is finished
         finally:
             log.close()
-
-    def _finish(self) -> None:
-        write_checkpoint(self.folder / "checkpoint_final.pth", self.state())
-        (self.folder / "checkpoint_latest.pth").unlink(missing_ok=True)
 
     def _run_until(self, border: int, log: TrainingLog) -> None:
         steps = list(self._walk(self.step, border))
@@ -189,6 +192,7 @@ class TrainingLoop:
                 if self.step % self.options.log_every == 0 or self.step == self.options.total_steps:
                     seconds = time.perf_counter() - interval_start
                     log.write(self._log_line(at, self.step - first, seconds, waited))
+                    self._log_lines += 1
                     interval_start, waited, first = time.perf_counter(), 0.0, self.step
                 self._save_when_due(log)
 
@@ -197,11 +201,13 @@ class TrainingLoop:
         finished = self.step == self.options.total_steps
         if finished or not (stopping or self.step % self.options.checkpoint_every == 0):
             return
-        path = self.folder / "checkpoint_latest.pth"
-        write_checkpoint(path, self.state())
-        log.draw(at_most_every_s=DRAW_EVERY_S)
+        write_latest(self.folder, self.state())
         if stopping:
-            raise TrainingInterrupted(self.step, path)
+            raise self._interrupted()
+        log.draw(at_most_every_s=DRAW_EVERY_S)
+
+    def _interrupted(self) -> TrainingInterrupted:
+        return TrainingInterrupted(self.step, self.folder / CHECKPOINT_LATEST)
 
     def _walk(self, start: int, stop: int) -> Iterator[tuple[Progress, BatchRequest]]:
         drawn = self._drawn
@@ -218,8 +224,12 @@ class TrainingLoop:
                 break
             if self._refresh is not None:
                 # Predicting takes long: a killed refresh goes on from these very weights.
-                write_checkpoint(self.folder / "checkpoint_latest.pth", self.state())
-                if self._refresh(refresh, at):
+                write_latest(self.folder, self.state())
+                try:
+                    ends = self._refresh(refresh, at)
+                except RefreshStopped as stop:
+                    raise self._interrupted() from stop
+                if ends:
                     logger.warning("the run ends after step %d of %d", self.step, self.options.total_steps)
                     return True
                 self.source.reload_store(refresh.store, at)
@@ -360,6 +370,7 @@ class TrainingLoop:
                 "drawn": self._drawn,
                 "entered_phase": self._entered,
                 "refreshes_done": self._refreshes_done,
+                "log_lines": self._log_lines,
                 "skipped_steps": self.skipped_steps,
                 "bad_streaks": dict(self._bad_streaks),
                 "dropped_terms": dict(self._dropped_terms),
@@ -380,6 +391,7 @@ class TrainingLoop:
         self.step = progress["step"]
         self._drawn = progress["drawn"]
         self._refreshes_done = progress["refreshes_done"]
+        self._log_lines = progress.get("log_lines", 0)
         self.skipped_steps = progress["skipped_steps"]
         self._bad_streaks = dict(progress["bad_streaks"])
         self._dropped_terms = dict(progress["dropped_terms"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autossl.data.files import read_json, write_json
+from autossl.data.files import read_json, remove_folder, write_json
 from autossl.data.labels import LabelSchema
+from autossl.data.problems import InvalidInput
 from autossl.data.store import open_array, write_array
 from autossl.networks.prediction import Activation, probabilities_of
 
@@ -79,9 +79,9 @@ class PseudoLabelStore:
         """
         path = self.version(step) / "origin.json"
         wanted = json.loads(json.dumps(origin or {}))
-        if path.is_file() and read_json(path) == wanted:
+        if path.is_file() and _same(path, wanted):
             return
-        shutil.rmtree(self.version(step), ignore_errors=True)
+        remove_folder(self.version(step))
         write_json(path, wanted)
 
     def write_case(
@@ -97,22 +97,30 @@ class PseudoLabelStore:
         """Writes the confidence [z, y, x] that batches come with."""
         write_array(self.paths(step, case)[1], confidence)
 
-    def complete(self, step: int, used: Mapping[str, float], ends_run: bool = False, keep_older: bool = False) -> None:
+    def complete(self, step: int, used: Mapping[str, float], ends_run: bool = False) -> None:
         """Declares the version whole.
 
         Args:
             step: of the refresh.
             used: case → what a patch of it counts; cases that are not in it are not used.
             ends_run: what the refresh decided.
-            keep_older: False: older versions are removed.
         """
         content = {"step": step, "cases": list(used), "weights": dict(used), "ends_run": ends_run}
         write_json(self.version(step) / "complete.json", content)
+
+    def tidy(self, step: int, keep_older: bool = False) -> None:
+        """Removes what is not needed any more once the version of this step is whole; may be called again.
+
+        Args:
+            step: of the refresh.
+            keep_older: False: older versions go, but for the last of them: a run that goes on from its checkpoint of
+                before needs it.
+        """
         for path in self.version(step).glob("*_all_confidences.b2nd"):
             path.unlink()
-        for other in self._steps() if not keep_older else ():
-            if other < step:
-                shutil.rmtree(self.version(other))
+        older = sorted(other for other in self._steps() if other < step)
+        for other in older[:-1] if not keep_older else ():
+            remove_folder(self.version(other))
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -162,3 +170,11 @@ class PseudoLabelStore:
 
     def _all_confidences(self, step: int, case: str) -> Path:
         return self.version(step) / f"{case}_all_confidences.b2nd"
+
+
+def _same(path: Path, wanted: Any) -> bool:
+    """Whether a JSON file says what is wanted; a damaged one does not."""
+    try:
+        return bool(read_json(path) == wanted)
+    except InvalidInput:
+        return False

@@ -142,7 +142,7 @@ class PseudoLabelRound:
         self._tell(selection, missing, ends)
         write_json(self._store.version(self._step) / "report.json", report)
         used = dict.fromkeys(selection.accepted, weight)
-        self._store.complete(self._step, used, ends_run=ends is not None, keep_older=True)
+        self._store.complete(self._step, used, ends_run=ends is not None)
 
     def _write_confidence(self, case: str, thresholds: npt.NDArray[np.integer]) -> float:
         """Writes what is kept of a case and gives its share (weights count as parts of a voxel)."""

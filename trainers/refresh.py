@@ -20,6 +20,7 @@ from autossl.inference.predictor import Predictor, Window
 from autossl.planners.budget import voxel_volume
 from autossl.trainers.base import Refresh, SemiSupervisedTrainer
 from autossl.trainers.components.pseudo_filters import Decisions, Expected
+from autossl.trainers.loop import RefreshStopped
 from autossl.trainers.pseudo_labels import PseudoLabelStore, label_and_confidences
 from autossl.trainers.pseudo_rounds import LabelKnowledge, PseudoLabelRound, knowledge_json
 from autossl.trainers.setup import RunSetup
@@ -39,6 +40,7 @@ class PoolPredictor:
         method: its parts hold the weights.
         folder: stores are its subfolders.
         on_case: called with (cases done, cases in all, case).
+        should_stop: asked after each case; True raises `RefreshStopped`.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class PoolPredictor:
         method: SemiSupervisedTrainer,
         folder: Path,
         on_case: Callable[[int, int, str], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._setup = setup
         self._fold = fold
@@ -55,6 +58,7 @@ class PoolPredictor:
         self._method = method
         self._folder = folder
         self._on_case = on_case
+        self._should_stop = should_stop
 
     def __call__(self, refresh: Refresh, step: int) -> bool:
         """Makes the version of this step. True: by its rules the run ends here."""
@@ -63,6 +67,7 @@ class PoolPredictor:
         store.begin(step, self._origin(refresh, knowledge))
         if not store.is_complete(step):
             self._fill(store, step, refresh, knowledge)
+        store.tidy(step, keep_older=refresh.rules is not None)
         return store.ends_run(step)
 
     def _fill(self, store: PseudoLabelStore, step: int, refresh: Refresh, knowledge: LabelKnowledge) -> None:
@@ -80,6 +85,8 @@ class PoolPredictor:
                     ruled.add(case, label, confidences, labels, self._voxel_volume(case))
             if self._on_case is not None:
                 self._on_case(done, len(self._cases), case)
+            if self._should_stop is not None and self._should_stop():
+                raise RefreshStopped(f"after {done} of {len(self._cases)} cases")
         if ruled is None:
             store.complete(step, dict.fromkeys(self._cases, 1.0))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from autossl.data.description import DatasetDescription
 from autossl.data.labels import LabelSchema
+from autossl.data.parallel import usable_cpus
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.raw_dataset import Case, RawDataset, read_raw_dataset
 from autossl.data.runs import RunSpec, run_folder, tag_for
@@ -460,3 +462,19 @@ def _check_preprocessed(setup: RunSetup) -> None:
                 f"run {command} -c {configuration}",
             )
         )
+    _check_undamaged(setup, wanted)
+
+
+def _check_undamaged(setup: RunSetup, wanted: Mapping[str, bool]) -> None:
+    """Reads all that the folds will use and compares it with its checksums; the reading also fills the disk cache."""
+
+    def damages(case: str) -> dict[Path, str]:
+        return setup.store.damaged(case, wanted[case])
+
+    with ThreadPoolExecutor(usable_cpus()) as threads:
+        found = [item for of_case in threads.map(damages, sorted(wanted)) for item in of_case.items()]
+    command = f"autossl_plan_and_preprocess -d {setup.raw.name} --preset {setup.plans.preset}"
+    fix = f"run {command} -c {setup.request.configuration}: it makes what is damaged again"
+    if found:
+        expected = "a preprocessed file as it was written"
+        raise InvalidInput([Problem(damage, expected, fix, file=path) for path, damage in found])

@@ -19,8 +19,7 @@ import torch
 from autossl.data.files import remove_remnants, write_json
 from autossl.data.locks import hold, lock_beside
 from autossl.data.parallel import usable_cpus
-from autossl.data.runs import CHECKPOINT_LATEST, RunSpec, fold_lock, fold_state, open_run, read_run
-from autossl.inference.checkpoint import read_checkpoint
+from autossl.data.runs import CHECKPOINT_FINAL, RUN_FILE, RunSpec, fold_lock, fold_state, open_run, read_run
 from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
 from autossl.trainers.checkpoints import read_newest, remove_earlier
@@ -109,8 +108,8 @@ def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
         asked = asked.model_copy(update={"initial": _initial_records(setup, request.initial_weights, steps)})
     with hold(lock_beside(folder), f"the files of {folder.name}", RUN_WAIT_S):
         if request.resume:
-        extend_run(folder, asked, setup.method(setup.job(next(iter(setup.folds)), steps), setup.settings))
-    spec = open_run(folder, asked, request.resume, request.overwrite)
+            extend_run(folder, asked, setup.method(setup.job(next(iter(setup.folds)), steps), setup.settings))
+        spec = open_run(folder, asked, request.resume, request.overwrite)
         setup = setup.with_cases_of(spec)
         write_plans(folder / "plans.json", setup.plans)
         write_json(folder / "dataset.json", setup.description.to_json())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from autossl.data.files import atomic_write
+from autossl.data.checksums import with_checksum, without_checksum
+from autossl.data.files import append_text, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -48,36 +48,47 @@ class IntervalMeans:
 
 
 class TrainingLog:
-    """Appends to `log.jsonl`; lines past the step from which a run is resumed are dropped first."""
+    """Appends to `log.jsonl`, each line with its checksum; lines past the step where a run goes on are dropped first.
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+    Args:
+        folder: of the fold.
+        resume_step: where the run goes on; 0: it starts.
+        n_lines: how many lines it had written up to there; where fewer are left, it says so.
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0, n_lines: int = 0) -> None:
         self.path = folder / "log.jsonl"
         self.picture = folder / "progress.png"
         kept = [line for line in self.read(self.path) if line["step"] <= resume_step] if resume_step else []
+        if len(kept) < n_lines:
+            lost = n_lines - len(kept)
+            logger.warning("%s: %d of %d lines are lost; the training itself is as it was", self.path, lost, n_lines)
         with atomic_write(self.path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.write_text("".join(_text(line) for line in kept), encoding="utf-8")
         self._lines = kept
         self._tensorboard = _tensorboard_writer(folder)
         self._drawn_at = time.monotonic()
+        self._n_drawn = 0
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """All whole lines; a last line that was cut off by a kill is left out."""
+        """All whole lines; damaged ones are named and left out, such as a last line that was cut off by a kill."""
         lines = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        texts = path.read_bytes().decode("utf-8", errors="replace").splitlines() if path.is_file() else []
+        for number, text in enumerate(texts, 1):
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                logger.warning("%s: a line is cut off and was left out", path)
+                content = json.loads(text)
+                if not isinstance(content, dict) or "step" not in content:
+                    raise ValueError("not a line of a log")
+                lines.append(without_checksum(content))
+            except ValueError:  # not JSON, or not what was written
+                logger.warning("%s: line %d is damaged and was left out", path, number)
         return lines
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line and flushes it to disk."""
+        """Appends one line and waits until it is on the disk."""
         self._lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_text(self.path, _text(line))
         if self._tensorboard is not None:
             for group in ("losses", "measures", "learning_rate"):
                 for name, value in line.get(group, {}).items():
@@ -85,15 +96,20 @@ class TrainingLog:
 
     def draw(self, at_most_every_s: float = 0.0) -> None:
         """Writes `progress.png`: losses, measures, learning rate and speed over the steps; not again too soon."""
-        if self._lines and time.monotonic() - self._drawn_at >= at_most_every_s:
+        new = len(self._lines) > self._n_drawn
+        if new and time.monotonic() - self._drawn_at >= at_most_every_s:
             draw_progress(self.picture, self._lines)
-            self._drawn_at = time.monotonic()
+            self._drawn_at, self._n_drawn = time.monotonic(), len(self._lines)
 
     def close(self) -> None:
         """Draws the final picture and closes the event file."""
         self.draw()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(with_checksum(line)) + "\n"
 
 
 def draw_progress(path: Path, lines: list[dict[str, Any]]) -> None:

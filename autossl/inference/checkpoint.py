@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autossl.data.checksums import zip_damage
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.torch_files import check_tensors, check_torch_file
 from autossl.networks.prediction import PredictionSpec
 
 FORMAT = "autossl-checkpoint-1"
@@ -40,14 +42,26 @@ class TrainedNetworks:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """All of a checkpoint, tensors mapped from the file so that only what is used is read.
+    """All of a checkpoint, tensors mapped from the file; all of it is read once, to compare it with its checksums.
 
     Raises:
-        InvalidInput: the file is missing, cut off, holds objects that would have to be executed, or is not ours.
+        InvalidInput: the file is missing, cut off, changed, holds objects that would have to be executed, or is not
+            ours.
     """
     path = Path(path)
     if not path.is_file():
         raise InvalidInput(Problem("there is no such file", _EXPECTED, "check the path", file=path))
+    check_torch_file(path)
+    damage = zip_damage(path)
+    if damage is not None and zipfile.is_zipfile(path):
+        raise InvalidInput(
+            Problem(
+                f"the checkpoint is damaged: {damage}",
+                _EXPECTED,
+                "copy the file again, or train this fold again",
+                file=path,
+            )
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _UNREADABLE as error:
@@ -55,8 +69,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = "it holds objects that would have to be executed" if foreign else _first_line(error)
         fix = f"use a checkpoint of autossl; {FOREIGN}" if foreign else "train this fold again, or copy the file again"
         raise InvalidInput(Problem(f"the checkpoint cannot be read ({reason})", _EXPECTED, fix, file=path)) from error
+    check_tensors(content, path)
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMAT:
+        found = found[:80] if isinstance(found, str) else type(found)  # others could be endless when shown
         raise InvalidInput(
             Problem(
                 f"the checkpoint's format is {found!r}",
