@@ -1,0 +1,1 @@
+"""The parts of `versus_nnunet.py`: one module per kind of row, and what they share."""
