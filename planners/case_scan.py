@@ -14,7 +14,15 @@ from pydantic import BaseModel, ConfigDict
 from autossl.data.geometry import Geometry, Orientation
 from autossl.data.hashes import robust_hash, voxel_hash
 from autossl.data.image_io import LoadedImage, read_geometry, read_image, read_label
-from autossl.data.integrity import Findings, check_grids, check_image, check_label_map, count_labels, remap_label_map
+from autossl.data.integrity import (
+    Findings,
+    check_grids,
+    check_image,
+    check_label_map,
+    check_shear,
+    count_labels,
+    remap_label_map,
+)
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.raw_dataset import Case, Pool
@@ -188,6 +196,7 @@ def _read_channels(
             found = f"{len(image.array)} channel{'s'[: len(image.array) > 1]} in the file"
             findings.errors.append(Problem(found, expected, fix, case.id, case.images[0]))
         findings.add(check_image(image.array, case.images, case.id))
+        findings.warnings += check_shear(image.geometry, case.id, case.images[0])
     return image, geometries[0][1] if geometries else None
 
 

@@ -28,6 +28,15 @@ NETWORK_CLASSES = {
 }
 KEYS_THAT_NAME_MODULES = ("conv_op", "norm_op", "dropout_op", "nonlin")
 MAX_PATCH_VOXELS = 2**27  # 512 cubed: anything above is a damaged or hostile plan, not a plan
+MAX_BATCH = 100_000
+MAX_BATCH_VOXELS = 2**31
+MAX_LAYERS = 64
+"""Per stage; nnU-Net's have 2 to 6."""
+MAX_WEIGHTS = 2**28
+"""About, of a network: 1 GiB in float32. nnU-Net's largest preset has half of that."""
+MAX_STEPS = 10**9
+SPACING_MM = (1e-6, 1e6)
+"""Of a target grid, and of the sizes in voxels."""
 NNUNET_LEARNING_RATE = 1e-2
 NNUNET_MOMENTUM = 0.99
 DATA_KEYS = (
@@ -69,14 +78,16 @@ class Architecture(_Schema):
         if not isinstance(stages, int) or not 1 <= stages <= 16:
             raise ValueError(f"arch_kwargs.n_stages is {stages!r}, expected 1 to 16")
         for key in ("features_per_stage", "kernel_sizes", "strides"):
-            if len(kwargs.get(key, ())) != stages:
-                raise ValueError(f"arch_kwargs.{key} has {len(kwargs.get(key, ()))} entries, expected {stages}")
+            given = kwargs.get(key, ())
+            if not isinstance(given, list | tuple) or len(given) != stages:
+                raise ValueError(f"arch_kwargs.{key} is {str(given)[:80]}, expected a list of {stages} entries")
         if any(not _is_count(f, 4096) for f in kwargs["features_per_stage"]):
             raise ValueError("arch_kwargs.features_per_stage must be integers from 1 to 4096")
         for key, largest in (("strides", 8), ("kernel_sizes", 31)):
             _check_per_axis(key, kwargs[key], largest)
         if len(kwargs["strides"][0]) != len(kwargs["kernel_sizes"][0]):
             raise ValueError("arch_kwargs.strides and arch_kwargs.kernel_sizes differ in their number of axes")
+        _check_layers(kwargs)
         return self
 
     @property
@@ -100,7 +111,7 @@ class ConfigurationPlan(_Schema):
 
     data_identifier: str
     preprocessor_name: Literal["DefaultPreprocessor"] = "DefaultPreprocessor"
-    batch_size: int = Field(ge=1, le=100_000)
+    batch_size: int = Field(ge=1, le=MAX_BATCH)
     patch_size: tuple[int, ...]
     median_image_size_in_voxels: tuple[float, ...]
     spacing: tuple[float, ...]
@@ -121,8 +132,8 @@ class ConfigurationPlan(_Schema):
     batch_dice: bool
     mirror_axes: tuple[int, ...]
     """Axes of the patch (0 = first spatial axis) that may be mirrored, in training and in prediction."""
-    labeled_batch_size: int = Field(ge=1)
-    unlabeled_batch_size: int = Field(ge=1)
+    labeled_batch_size: int = Field(ge=1, le=MAX_BATCH)
+    unlabeled_batch_size: int = Field(ge=1, le=MAX_BATCH)
     learning_rate: float = Field(default=NNUNET_LEARNING_RATE, gt=0, le=1)
     """Of SGD, at the first step."""
     momentum: float = Field(default=NNUNET_MOMENTUM, ge=0, lt=1)
@@ -138,8 +149,8 @@ class ConfigurationPlan(_Schema):
     @field_validator("spacing", "median_image_size_in_voxels")
     @classmethod
     def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(not math.isfinite(v) or v <= 0 for v in value):
-            raise ValueError(f"{value} must be positive numbers")
+        if any(not SPACING_MM[0] <= v <= SPACING_MM[1] for v in value):
+            raise ValueError(f"{value} must be positive numbers from {SPACING_MM[0]:g} to {SPACING_MM[1]:g}")
         return value
 
     @field_validator("normalization_schemes")
@@ -165,6 +176,9 @@ class ConfigurationPlan(_Schema):
         factors = self.architecture.cumulative_strides[-1]
         if any(p % f for p, f in zip(self.patch_size, factors, strict=True)):
             raise ValueError(f"patch_size {self.patch_size} is not divisible by the network's total strides {factors}")
+        batch = max(self.batch_size, self.labeled_batch_size, self.unlabeled_batch_size)
+        if batch * math.prod(self.patch_size) > MAX_BATCH_VOXELS:
+            raise ValueError(f"batches of {batch} patches of {self.patch_size} voxels, more than {MAX_BATCH_VOXELS:,}")
         return self
 
     @property
@@ -193,7 +207,7 @@ class IntensityProperties(_Schema):
 class SemiSupervisedPlan(_Schema):
     """Decisions that the unlabeled cases ask for; fractions are of the whole run."""
 
-    total_steps: int = Field(ge=1)
+    total_steps: int = Field(ge=1, le=MAX_STEPS)
     warm_up_fraction: float = Field(ge=0, le=1)
     ramp_end_fraction: float = Field(ge=0)
     ema_decay_max: float = Field(ge=0, lt=1)
@@ -225,6 +239,14 @@ class Plans(_Schema):
     foreground_intensity_properties_per_channel: dict[str, IntensityProperties]
     semi_supervised: SemiSupervisedPlan
     why: dict[str, str]
+
+    @model_validator(mode="after")
+    def _names_are_plain(self) -> Plans:
+        """Names become parts of paths and stand in reports."""
+        for name in (self.dataset_name, self.plans_name, self.preset, *self.configurations):
+            if not name.strip(".") or not name.isprintable() or len(name) > 200 or any(sign in name for sign in "/\\:"):
+                raise ValueError(f"the name {name[:80]!a} cannot be a part of a file name")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Plans:
@@ -329,6 +351,24 @@ def _check_per_axis(key: str, stages: Any, largest: int) -> None:
             raise ValueError(f"arch_kwargs.{key} holds {stage!r}, expected 2 or 3 integers per stage, as many in each")
         if any(not _is_count(value, largest) for value in stage):
             raise ValueError(f"arch_kwargs.{key} holds {stage!r}, expected integers from 1 to {largest}")
+
+
+def _check_layers(kwargs: dict[str, Any]) -> None:
+    """Numbers of layers, and about how many weights all of them have, before anything is built."""
+    features, kernels = kwargs["features_per_stage"], kwargs["kernel_sizes"]
+    layers = 1
+    for key in ("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder"):
+        given = kwargs.get(key, 1)
+        counts = list(given) if isinstance(given, list | tuple) else [given]
+        stages = len(features) - (key == "n_conv_per_stage_decoder")
+        if any(not _is_count(count, MAX_LAYERS) for count in counts):
+            raise ValueError(f"arch_kwargs.{key} is {str(given)[:80]}, expected integers from 1 to {MAX_LAYERS}")
+        if isinstance(given, list | tuple) and len(counts) != stages:
+            raise ValueError(f"arch_kwargs.{key} has {len(counts)} entries, expected {stages}")
+        layers = max([layers, *counts])
+    weights = sum(layers * width**2 * math.prod(kernel) for width, kernel in zip(features, kernels, strict=True))
+    if weights > MAX_WEIGHTS:
+        raise ValueError(f"arch_kwargs: a network of about {weights:,} weights, expected at most {MAX_WEIGHTS:,}")
 
 
 def read_plans(path: Path) -> Plans:

@@ -6,6 +6,7 @@ counts labeled voxels outside the nonzero region as inside when it normalizes wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from autossl.data.image_io import LoadedImage
 from autossl.data.labels import LabelSchema
+from autossl.data.parallel import free_memory
 from autossl.data.prepared import ANNOTATED, CaseProperties, PreparedCase, Shape, Spacing
 from autossl.data.problems import InvalidInput, Problem
 from autossl.planners.plans import ConfigurationPlan, Plans
@@ -26,6 +28,9 @@ LabelArray = npt.NDArray[np.integer[Any]]
 
 MAX_LOCATIONS = 10_000  # per class, as nnU-Net v2
 LOCATIONS_SEED = 1234
+MAX_SMALL_VOXELS = 2**24
+MAX_GROWTH = 1000
+"""Voxels after resampling for one before, where they are more than `MAX_SMALL_VOXELS`: ten times finer on each axis."""
 RESAMPLING_FUNCTION = "resample_data_or_seg_to_shape"
 
 __all__ = [
@@ -166,9 +171,11 @@ class Resampling:
         faults += [f"{key}_kwargs has {name}" for name in sorted(set(arguments) - known)]
         orders = (0, 1) if arguments.get("is_seg") else range(6)
         if arguments.get("order") not in orders:
-            faults.append(f"{key}_kwargs.order is {arguments.get('order')!r}")
+            faults.append(f"{key}_kwargs.order is {str(arguments.get('order'))[:80]!r}")
         if arguments.get("order_z", 0) != 0:
-            faults.append(f"{key}_kwargs.order_z is {arguments['order_z']!r}")
+            faults.append(f"{key}_kwargs.order_z is {str(arguments['order_z'])[:80]!r}")
+        if arguments.get("force_separate_z") not in (None, True, False):
+            faults.append(f"{key}_kwargs.force_separate_z is {str(arguments['force_separate_z'])[:80]!r}")
         if faults:
             raise InvalidInput(
                 Problem(
@@ -192,6 +199,7 @@ def _properties(image: LoadedImage, array: npt.NDArray[np.float32], plans: Plans
     box = nonzero_box(array)
     before: Any = array.shape[1:]
     shape: Any = target_shape([end - start for start, end in box], spacing, target)
+    _check_growth(before, shape, spacing, target, plan.n_channels)
     if min(shape) < 1:
         raise InvalidInput(
             Problem(
@@ -214,6 +222,24 @@ def _properties(image: LoadedImage, array: npt.NDArray[np.float32], plans: Plans
         ),
         values_hash=plans.data_hash(configuration, z),
     )
+
+
+def _check_growth(before: Shape, shape: Shape, spacing: Spacing, target: Spacing, n_channels: int) -> None:
+    """A spacing that is wrong in a header or a plan can ask for an array of any size."""
+    voxels = math.prod(shape)
+    bytes_needed = 4 * voxels * (n_channels + 1)
+    allowed = max(MAX_SMALL_VOXELS, MAX_GROWTH * math.prod(before))
+    if voxels <= MAX_SMALL_VOXELS:
+        return
+    if voxels > allowed or bytes_needed > free_memory():
+        found = f"an image of {before} voxels and {spacing} mm becomes {tuple(shape)} voxels at {tuple(target)} mm"
+        raise InvalidInput(
+            Problem(
+                f"{found}, {bytes_needed / 2**30:.1f} GiB of memory",
+                f"at most {MAX_GROWTH} times its voxels, and what memory there is",
+                "check the spacing in the image's header and in the plan",
+            )
+        )
 
 
 def _mixes_outside(label: LabelArray | None, properties: CaseProperties) -> bool:

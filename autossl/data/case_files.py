@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from autossl.data.problems import InvalidInput, Problem
 
 logger = logging.getLogger(__name__)
 
+MAX_ID_BYTES = 180
+"""A file system takes 255 for a name; what we add to a case id (endings, marks of unfinished files) takes up to 60."""
+UNPRINTABLE = ("Cc", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode's control signs, halves of pairs (names that are not UTF-8), signs without a meaning, and line ends."""
 CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 COLOR_CHANNELS = (3, 4)
 """What one color picture holds: RGB or RGBA."""
@@ -187,9 +192,31 @@ def id_fault(case: str) -> str | None:
     """Why a case id cannot be used as a file name everywhere, or None."""
     if any(sign in case for sign in "/\\"):
         return f"the case id '{case}' holds a path separator"
-    if not case or case != case.strip() or any(ord(sign) < 32 or sign in ':*?"<>|' for sign in case):
-        return f"the case id '{case}' cannot be a file name on every system"
+    unusable = any(unicodedata.category(sign) in UNPRINTABLE or sign in ':*?"<>|' for sign in case)
+    if not case.strip(".") or case != case.strip() or unusable:
+        return f"the case id {case!a} cannot be a file name on every system"
+    if len(case.encode()) > MAX_ID_BYTES:
+        return f"the case id '{case[:40]}…' has {len(case.encode())} bytes, more than {MAX_ID_BYTES}"
     return None
+
+
+def links_out(folder: Path, names: Iterable[str]) -> list[Problem]:
+    """Symbolic links of a data set that lead out of it; a folder that is linked as a whole is no fault.
+
+    Args:
+        folder: of the data set.
+        names: of its files and folders; of a folder its own entries are looked at too.
+    """
+    root = folder.resolve()
+    problems = []
+    for path in (folder / name for name in names):
+        entries = sorted(path.iterdir()) if path.is_dir() and path.resolve().is_relative_to(root) else []
+        for entry in (path, *entries):
+            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+                found = f"a symbolic link that leads out of the data set, to {entry.resolve()}"
+                fix = "put the file itself there (a hard link will do)"
+                problems.append(Problem(found, f"files and folders below {folder.name}", fix, file=entry))
+    return problems
 
 
 def _without_channel_numbers(stems: list[str], labeled_ids: Collection[str]) -> bool:

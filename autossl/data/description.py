@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,13 @@ from autossl.data.files import read_json
 from autossl.data.image_io import FILE_ENDINGS
 from autossl.data.labels import LabelSchema
 from autossl.data.problems import InvalidInput, Problem, nearest
+
+MAX_NAME = 200
+MAX_LABEL = 65535
+"""What uint16 holds, the type that label maps are written in."""
+MAX_LABELS = 4096
+"""Output channels of a network; memory would end long before."""
+MAX_CHANNELS = 1024
 
 
 class DatasetDescription(BaseModel):
@@ -36,6 +45,8 @@ class DatasetDescription(BaseModel):
     @field_validator("channel_names")
     @classmethod
     def _channels_count_up(cls, value: dict[int, str]) -> dict[int, str]:
+        if len(value) > MAX_CHANNELS:
+            raise ValueError(f"{len(value)} channels, expected at most {MAX_CHANNELS}")
         if sorted(value) != list(range(len(value))):
             raise ValueError(f"channels are numbered {sorted(value)}, expected 0 to {len(value) - 1}")
         return dict(sorted(value.items()))
@@ -55,9 +66,18 @@ class DatasetDescription(BaseModel):
             raise ValueError(f"'{value}' cannot be read, expected one of {nearest(value, FILE_ENDINGS)}")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_content(cls, value: Any) -> Any:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"NaN or an infinite number ({error})") from error
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> DatasetDescription:
-        faults = [*self._label_faults(), *self._region_faults(), *self._group_faults()]
+        faults = [*self._name_faults(), *self._label_faults(), *self._region_faults(), *self._group_faults()]
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -87,6 +107,20 @@ class DatasetDescription(BaseModel):
     def _has_regions(self) -> bool:
         return any(len(values) > 1 for values in self._values_by_name().values())
 
+    def _name_faults(self) -> list[str]:
+        """Names stand in tables, reports and file headers."""
+        kinds: dict[str, Iterable[str]] = {
+            "labels": self.labels,
+            "channel_names": self.channel_names.values(),
+            "channel_groups": self.channel_groups or (),
+        }
+        return [
+            f"{kind}: the name {name[:80]!a} is empty, too long or holds signs that cannot be printed"
+            for kind, names in kinds.items()
+            for name in names
+            if not name.strip() or len(name) > MAX_NAME or not name.isprintable()
+        ]
+
     def _label_faults(self) -> list[str]:
         named = self._values_by_name()
         faults = [f"labels: '{name}' has the value {v}" for name, values in named.items() for v in values if v < 0]
@@ -98,6 +132,8 @@ class DatasetDescription(BaseModel):
         everything = [value for name, values in named.items() if name != "ignore" for value in values]
         if "ignore" in named and (len(named["ignore"]) != 1 or named["ignore"][0] <= max(everything, default=0)):
             faults.append('labels: "ignore" must be one value, higher than all others')
+        if max(everything, default=0) > MAX_LABEL or len(named) > MAX_LABELS:
+            faults.append(f"labels: {len(named)} of them, with values up to {max(everything, default=0)}")
         if not self._has_regions() and len(set(everything)) < len(everything):
             faults.append("labels: two names share a value")
         return faults

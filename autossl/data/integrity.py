@@ -25,6 +25,10 @@ DIRECTION_ERROR = 0.05
 SHIFT_WARNING = 0.05
 SHIFT_ERROR = 0.5
 """In voxels: from half a voxel on, the voxels that lie at one place are others."""
+SHEAR_WARNING = 0.01
+"""Cosine of the angle between two axes, about half a degree."""
+LARGEST_INTENSITY = 1e18
+"""float32 holds its square; a scanner's numbers stay far below."""
 NAMES_SHOWN = 8
 
 LabelMap = npt.NDArray[np.integer]
@@ -75,29 +79,50 @@ def check_image(image: npt.NDArray[np.floating], files: Sequence[Path], case: st
         files: one per channel, or one that holds all channels.
         case: id for the problems.
     """
-    findings = Findings()
+    findings = Findings(check_finite(image, files, case))
     constant: list[Problem] = []
     for channel, voxels in enumerate(image):
         file = files[channel] if len(files) == len(image) else files[0]
         lowest, highest = float(voxels.min()), float(voxels.max())
-        if not (np.isfinite(lowest) and np.isfinite(highest)):
-            bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
-            findings.errors.append(
-                Problem(
-                    f"channel {channel}: {bad} of {voxels.size} voxels are NaN or infinite",
-                    "finite intensities",
-                    "replace them by the value of the background and write the file again",
-                    case,
-                    file,
-                )
-            )
-        elif lowest == highest:
+        if lowest == highest:
             fix = "export the image again, or remove the case"
             constant.append(
                 Problem(f"channel {channel}: every voxel is {lowest:g}", "an image with content", fix, case, file)
             )
     (findings.errors if len(constant) == len(image) else findings.warnings).extend(constant)
     return findings
+
+
+def check_finite(image: npt.NDArray[np.floating], files: Sequence[Path], case: str | None = None) -> list[Problem]:
+    """NaN, infinite values, and numbers so large that their squares are infinite; arguments as in `check_image`."""
+    problems = []
+    for channel, voxels in enumerate(image):
+        lowest, highest = float(voxels.min()), float(voxels.max())
+        if -LARGEST_INTENSITY <= lowest <= highest <= LARGEST_INTENSITY:
+            continue
+        with np.errstate(invalid="ignore"):
+            bad = voxels.size - int(np.count_nonzero(np.abs(voxels) <= LARGEST_INTENSITY))
+        problems.append(
+            Problem(
+                f"channel {channel}: {bad} of {voxels.size} voxels are NaN, infinite or beyond {LARGEST_INTENSITY:g}",
+                "finite intensities",
+                "replace them by the value of the background and write the file again",
+                case,
+                files[channel] if len(files) == len(image) else files[0],
+            )
+        )
+    return problems
+
+
+def check_shear(geometry: Geometry, case: str, file: Path) -> list[Problem]:
+    """Axes that are not at right angles: read as they are stored, as nnU-Net does, so distances are slightly wrong."""
+    directions = np.reshape(geometry.direction, (3, 3))
+    skew = float(np.max(np.abs(directions.T @ directions - np.eye(3))))
+    if skew <= SHEAR_WARNING:
+        return []
+    angle = float(np.degrees(np.arcsin(min(skew, 1.0))))
+    fix = "nothing, or resample the images of the case onto a grid with right angles"
+    return [Problem(f"sheared axes, {angle:.2g} degrees off a right angle", "axes at right angles", fix, case, file)]
 
 
 def check_label_map(

@@ -11,9 +11,18 @@ import numpy.typing as npt
 import SimpleITK as sitk
 
 from autossl.data.geometry import FOREIGN_SLICE_SPACING, Geometry
-from autossl.data.stored import StoredImage, not_one_image, unreadable
+from autossl.data.problems import InvalidInput, Problem
+from autossl.data.stored import MAX_INFLATION, StoredImage, check_axes, check_claim, not_one_image, unreadable
 
 NRRD_GEOMETRY = ("space", "space dimension", "space directions", "space origin")
+HEADER_BYTES = 65536
+ELSEWHERE = {
+    ".nrrd": re.compile(rb"^\s*data\s*file\s*:(?P<place>.*)$", re.IGNORECASE | re.MULTILINE),
+    ".mha": re.compile(rb"^\s*ElementDataFile\s*[=:](?!\s*LOCAL\s*$)(?P<place>.*)$", re.IGNORECASE | re.MULTILINE),
+}
+"""Headers that name another file for the voxels: then a data set could read any file of the machine as an image."""
+BZIP2 = re.compile(rb"^\s*encoding\s*:\s*(bz2|bzip2)\s*$", re.IGNORECASE | re.MULTILINE)
+BZIP2_INFLATION = 50_000
 
 
 def read_itk(path: Path) -> StoredImage:
@@ -23,23 +32,20 @@ def read_itk(path: Path) -> StoredImage:
         InvalidInput: where SimpleITK refuses the file, or it holds no real-valued 2D or 3D image.
     """
     reader = _reader(path)
+    geometry = _read_header(path, reader)
+    inflation = BZIP2_INFLATION if BZIP2.search(_head(path)) else MAX_INFLATION
+    check_claim(path, geometry.size_xyz, np.dtype(geometry.stored_dtype).itemsize, inflation)
     try:
         image = reader.Execute()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise unreadable(path, f"SimpleITK cannot read it ({_reason(error)})") from error
-    geometry = _geometry(path, reader)
     voxels = sitk.GetArrayFromImage(image)
     return StoredImage(voxels.reshape(1, *geometry.stored_shape_zyx), geometry)
 
 
 def read_itk_geometry(path: Path) -> Geometry:
     """The geometry from the header; the voxels are neither read nor checked."""
-    reader = _reader(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise unreadable(path, f"SimpleITK cannot read its header ({_reason(error)})") from error
-    return _geometry(path, reader)
+    return _read_header(path, _reader(path))
 
 
 def write_itk(path: Path, stored: npt.NDArray[Any], geometry: Geometry) -> None:
@@ -64,14 +70,45 @@ def _reader(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
+def _read_header(path: Path, reader: sitk.ImageFileReader) -> Geometry:
+    """The geometry; the voxels are not touched."""
+    other = ELSEWHERE[path.suffix.lower()].search(_head(path))
+    if other is not None:
+        place = other["place"].strip().decode("ascii", "replace")[:200]
+        raise InvalidInput(
+            Problem(
+                f"the header says that the voxels are in another file ({place!r})",
+                "one file that holds header and voxels",
+                "write the image into one file",
+                file=path,
+            )
+        )
+    try:
+        reader.ReadImageInformation()
+        return _geometry(path, reader)
+    except (RuntimeError, MemoryError) as error:
+        raise unreadable(path, f"SimpleITK cannot read its header ({_reason(error)})") from error
+
+
+def _head(path: Path) -> bytes:
+    """What can be the header: up to the empty line that ends that of an NRRD file."""
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES).replace(b"\r\n", b"\n")
+    end = head.find(b"\n\n") if path.suffix.lower() == ".nrrd" else -1
+    return head if end < 0 else head[: end + 1]
+
+
 def _geometry(path: Path, reader: sitk.ImageFileReader) -> Geometry:
     size, dims = reader.GetSize(), reader.GetDimension()
     if dims not in (2, 3) or min(size) < 1 or reader.GetNumberOfComponents() != 1:
         components = reader.GetNumberOfComponents()
         raise not_one_image(path, f"an image of {' x '.join(str(n) for n in size)} voxels of {components} numbers each")
-    pixel = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    pixel = _numpy_name(sitk.GetPixelIDValueAsString(reader.GetPixelID()))
+    if not pixel.startswith(("int", "uint", "float")):
+        raise not_one_image(path, f"voxels of type {pixel}")
     spacing, direction = reader.GetSpacing(), np.eye(3)
     direction[:dims, :dims] = np.reshape(reader.GetDirection(), (dims, dims))
+    check_axes(path, spacing, direction)
     flat = dims == 2
     z = max(spacing) * FOREIGN_SLICE_SPACING if flat else spacing[2]
     return Geometry(
@@ -81,7 +118,7 @@ def _geometry(path: Path, reader: sitk.ImageFileReader) -> Geometry:
         origin_xyz=(*reader.GetOrigin(), 0.0) if flat else tuple(reader.GetOrigin()),
         direction=tuple(direction.ravel().tolist()),
         spacing_zyx_mm=(z, spacing[1], spacing[0]),
-        stored_dtype=_numpy_name(pixel),
+        stored_dtype=pixel,
         header=_nrrd_geometry(path) if path.suffix.lower() == ".nrrd" else {},
     )
 
@@ -95,7 +132,7 @@ def _numpy_name(pixel: str) -> str:
 def _nrrd_header(path: Path) -> tuple[list[str], int]:
     """The lines of an NRRD header and the offset of what follows it (the empty line included)."""
     with path.open("rb") as file:
-        head = file.read(65536)
+        head = file.read(HEADER_BYTES)
     end = head.find(b"\n\n")
     return head[:end].decode("ascii", "replace").split("\n"), end + 2
 
@@ -115,7 +152,7 @@ def _repeat_nrrd_geometry(path: Path, header: Any) -> None:
     path.write_bytes("\n".join(lines).encode("ascii") + b"\n\n" + data)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: BaseException) -> str:
     """The last line of an ITK error that says something (MetaImage errors end with "Reason: Success")."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if line not in ("Reason: Success", "File cannot be read:")]

@@ -82,7 +82,7 @@ def usable_cpus() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can be taken now without swapping, within this process's control group; 4 GiB where unknown."""
+    """Bytes that this process can take now without swapping, within its limits; 4 GiB where that is not known."""
     free = None
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -95,6 +95,13 @@ def free_memory() -> int:
             limit = int(Path(folder, limit_name).read_text())
             used = int(Path(folder, used_name).read_text()) - _reclaimable(Path(folder))
             free = min(free if free is not None else limit, max(limit - used, 0))
+    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):
+        import resource  # not on Windows
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            free = min(free if free is not None else limit, max(limit - taken, 0))
     return 4 * 2**30 if free is None else free
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,31 @@ from PIL import Image, UnidentifiedImageError
 
 from autossl.data.geometry import FOREIGN_SLICE_SPACING, Geometry
 from autossl.data.problems import InvalidInput, Problem
-from autossl.data.stored import StoredImage, not_one_image, unreadable
+from autossl.data.stored import StoredImage, check_claim, not_one_image, unreadable
 
-READ_ERRORS = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
-TIFF_ERRORS = (*READ_ERRORS, tifffile.TiffFileError, IndexError, KeyError, TypeError)
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow and tifffile raise for damaged files: whatever the damage provokes in them."""
+INFLATION = 20_000
+"""Numbers per byte of a file: a byte of it can hold eight pixels of one bit, and TIFF has denser codes than deflate."""
+PILLOW_FORMATS = ("PNG", "BMP", "DIB", "TIFF")
+"""Of the many that Pillow knows, so that a renamed file reaches no other reader."""
 
 
 def read_picture(path: Path, keep_palette: bool = False) -> StoredImage:
@@ -46,7 +69,7 @@ def read_picture(path: Path, keep_palette: bool = False) -> StoredImage:
 def read_picture_geometry(path: Path) -> Geometry:
     """The geometry from the header; the pixels are neither read nor checked."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PILLOW_FORMATS) as image:
             return _geometry(*image.size, "")
     except READ_ERRORS:
         return read_picture(path).geometry  # TIFF variants that only tifffile knows
@@ -76,10 +99,13 @@ def write_picture(path: Path, stored: npt.NDArray[Any], geometry: Geometry) -> N
 
 def _read_pillow(path: Path, keep_palette: bool) -> npt.NDArray[Any]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PILLOW_FORMATS) as image:
+            check_claim(path, image.size, len(image.getbands()), INFLATION)
             if image.mode == "P" and image.palette is not None and not keep_palette:
                 return np.asarray(image.convert(image.palette.mode))
             return np.asarray(image)
+    except InvalidInput:
+        raise
     except READ_ERRORS as error:
         raise unreadable(path, f"Pillow cannot read it ({error})") from error
 
@@ -88,8 +114,11 @@ def _read_tiff(path: Path) -> npt.NDArray[Any]:
     try:
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
+            check_claim(path, series.shape, series.dtype.itemsize if series.dtype else 1, INFLATION)
             pixels, axes = np.asarray(series.asarray()), series.axes
-    except TIFF_ERRORS as error:
+    except InvalidInput:
+        raise
+    except READ_ERRORS as error:
         raise unreadable(path, f"tifffile cannot read it ({error})") from error
     if pixels.ndim == 3 and axes.startswith("S"):
         return np.moveaxis(pixels, 0, -1)

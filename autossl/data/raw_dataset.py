@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from autossl.data.case_files import case_files, files_of, find_case_files, id_fault
+from autossl.data.case_files import case_files, files_of, find_case_files, id_fault, links_out
 from autossl.data.description import DatasetDescription, read_description
+from autossl.data.files import read_text
 from autossl.data.problems import InvalidInput, Problem, nearest
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ __all__ = [
 Pool = Literal["labeled", "unlabeled", "test"]
 IMAGE_FOLDERS: dict[str, Pool] = {"imagesTr": "labeled", "imagesUn": "unlabeled", "imagesTs": "test"}
 LABEL_FOLDERS = {"imagesTr": "labelsTr", "imagesTs": "labelsTs"}
+TABLE = "cases.csv"
 LAYOUT = (
     "dataset.json, imagesTr/CASE_0000.nii.gz (one file per channel), labelsTr/CASE.nii.gz, "
     "and where they exist imagesUn/, imagesTs/, labelsTs/, cases.csv"
@@ -105,6 +108,9 @@ def inspect_raw_dataset(folder: Path) -> tuple[RawDataset, list[Problem]]:
     """
     folder = Path(folder)
     _check_is_dataset(folder)
+    links = links_out(folder, ("dataset.json", TABLE, *IMAGE_FOLDERS, *LABEL_FOLDERS.values()))
+    if links:
+        raise InvalidInput(links, title=f"{folder.name}: {len(links)} links lead out of the data set:")
     problems: list[Problem] = []
     try:
         description = read_description(folder)
@@ -116,7 +122,7 @@ def inspect_raw_dataset(folder: Path) -> tuple[RawDataset, list[Problem]]:
         cases += found
         problems += faults
     problems += _repeated_ids(cases)
-    cases, faults = _with_table(folder / "cases.csv", cases)
+    cases, faults = _with_table(folder / TABLE, cases)
     problems += faults
     if not problems and not any(case.pool == "labeled" for case in cases):
         expected = f"at least one labelsTr/CASE{description.file_ending} beside its images in imagesTr"
@@ -179,15 +185,16 @@ def _read_pool(
 
 
 def _repeated_ids(cases: Iterable[Case]) -> list[Problem]:
-    """Cases whose id, with upper and lower case taken as equal, occurs in two folders."""
+    """Cases whose id occurs twice, with upper and lower case and the ways to write an accent taken as equal."""
     first: dict[str, Case] = {}
     problems = []
     for case in cases:
-        other = first.setdefault(case.id.lower(), case)
+        other = first.setdefault(unicodedata.normalize("NFC", case.id).casefold(), case)
         if other is not case:
+            spelled = "" if case.id == other.id else f" (there as {other.id!a}, which some systems hold for the same)"
             problems.append(
                 Problem(
-                    f"the id occurs twice, in {other.images[0].parent.name} and {case.images[0].parent.name}",
+                    f"the id occurs twice, in {other.images[0].parent.name} and {case.images[0].parent.name}{spelled}",
                     "every case once, in one of imagesTr, imagesUn, imagesTs",
                     "remove one, or rename it if it is another scan",
                     case=case.id,
@@ -234,18 +241,20 @@ def _with_table(path: Path, cases: list[Case]) -> tuple[list[Case], list[Problem
 def _read_table(path: Path) -> tuple[dict[str, dict[str, str]], list[Problem]]:
     """Rows of cases.csv by case, without the column "case"; comma, semicolon or tab between the columns."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        return {}, [Problem(f"not UTF-8 text ({error})", "a UTF-8 table", "save it as CSV in UTF-8", file=path)]
+        lines = read_text(path, "a UTF-8 table", encoding="utf-8-sig").splitlines()
+        entries = list(csv.reader(lines[1:], delimiter=_delimiter(lines)))
+    except InvalidInput as error:
+        return {}, list(error.problems)
+    except csv.Error as error:
+        return {}, [Problem(f"no table ({error})", "a CSV table in UTF-8", "save it as CSV in UTF-8", file=path)]
     head = lines[0] if lines else ""
-    delimiter = max(",;\t", key=head.count)
-    columns = [name.strip() for name in head.split(delimiter)]
+    columns = [name.strip() for name in head.split(_delimiter(lines))]
     if "case" not in columns:
-        found = f"the first line is '{head}'"
+        found = f"the first line is {head[:80]!a}"
         return {}, [Problem(found, "columns case, patient, …", "name the column of the case ids 'case'", file=path)]
     rows: dict[str, dict[str, str]] = {}
     problems = []
-    for number, values in enumerate(csv.reader(lines[1:], delimiter=delimiter), start=2):
+    for number, values in enumerate(entries, start=2):
         row = dict(zip(columns, (value.strip() for value in values), strict=False))
         case = row.pop("case", "")
         if not any(values):
@@ -256,3 +265,7 @@ def _read_table(path: Path) -> tuple[dict[str, dict[str, str]], list[Problem]]:
             continue
         rows[case] = row
     return rows, problems
+
+
+def _delimiter(lines: Sequence[str]) -> str:
+    return max(",;\t", key=(lines[0] if lines else "").count)

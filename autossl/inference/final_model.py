@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from autossl.data.image_io import LoadedImage, read_image
+from autossl.data.integrity import check_finite
 from autossl.data.labels import LabelSchema
 from autossl.data.prepared import PreparedCase
 from autossl.data.probabilities import ROWS_AT_ONCE, STEPS, labels_of, quantize
@@ -98,6 +99,9 @@ class LoadedModel:
             if len(image.array) != n_channels:
                 found, fix = f"{len(image.array)} channels", "give images as the model was trained on"
                 raise InvalidInput(Problem(found, f"{n_channels}", fix, file=files[0]))
+            problems = check_finite(image.array, files)
+            if problems:
+                raise InvalidInput(problems)
             if self.channels is not None:
                 image = _with_empty_channels(image, self.channels, first.plan.n_channels)
             made: dict[tuple[str, str], PreparedCase] = {}

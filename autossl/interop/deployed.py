@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autossl.data.archive_files import REFUSE
 from autossl.data.description import DatasetDescription
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunSpec
 from autossl.inference.checkpoint import FORMAT, read_checkpoint, read_trained_networks, separate_channels
-from autossl.interop.archive_files import REFUSE
 from autossl.networks.prediction import Member, PredictionSpec, build_member, member_parts
 from autossl.planners.plans import ConfigurationPlan, Plans
 

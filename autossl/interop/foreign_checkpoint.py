@@ -9,10 +9,6 @@ give plain ones.
 from __future__ import annotations
 
 import pickle
-import pickletools
-import zipfile
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +16,7 @@ import numpy as np
 import torch
 
 from autossl.data.problems import InvalidInput, Problem
-from autossl.interop.archive_files import check_stored_only
-
-MAX_PICKLE_BYTES = 64 << 20
-"""Of what describes the tensors; a checkpoint of nnU-Net has 50 KB, and some more for a long log."""
-EXPECTED = "a checkpoint of tensors, numbers, texts, lists and dictionaries"
-FIX = "do not use it; ask its author for one that holds nothing else, or copy the file again"
-STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
-DTYPES = ("float16", "bfloat16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
-TORCH_NAMES = frozenset(
-    [
-        "collections.OrderedDict",
-        "_codecs.encode",  # how bytes are written in the pickle protocol that torch uses; torch's reader has its own
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        "torch.Size",
-        "torch.device",
-        *(f"torch.{name}Storage" for name in STORAGES),
-        *(f"torch.{name}" for name in DTYPES),
-    ]
-)
-"""What torch's reader may build of its own."""
+from autossl.data.torch_files import EXPECTED, FIX, check_tensors, check_torch_file
 
 
 class NumberType:
@@ -86,14 +62,7 @@ def read_foreign_checkpoint(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InvalidInput(Problem("there is no such file", EXPECTED, "check the path", file=path))
-    try:
-        check_stored_only(path)
-    except InvalidInput as error:
-        raise InvalidInput([replace(problem, fix=FIX) for problem in error.problems]) from error
-    refused = refused_names(path)
-    if refused:
-        found = f"it would have to execute {', '.join(refused)}"
-        raise InvalidInput(Problem(found, EXPECTED, FIX, file=path))
+    check_torch_file(path, further=STAND_INS)
     allowed: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -103,34 +72,7 @@ def read_foreign_checkpoint(path: Path) -> dict[str, Any]:
         told = next((line.strip() for line in lines if "numpy" in line.lower()), lines[0])
         found = f"the checkpoint cannot be read ({told[:200]})"
         raise InvalidInput(Problem(found, EXPECTED, FIX, file=path)) from error
+    check_tensors(content, path)
     if not isinstance(content, dict):
         raise InvalidInput(Problem(f"a checkpoint that is a {type(content).__name__}", EXPECTED, FIX, file=path))
     return content
-
-
-def refused_names(path: Path) -> list[str]:
-    """Names of what the checkpoint asks to be called and is not on the list, sorted.
-
-    Raises:
-        InvalidInput: no checkpoint of torch, or its description is damaged or far too large.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.count("/") <= 1 and name.endswith("data.pkl")]
-            if len(names) != 1 or archive.getinfo(names[0]).file_size > MAX_PICKLE_BYTES:
-                found = f"{len(names)} descriptions of tensors in it, or one that is too large"
-                raise InvalidInput(Problem(found, "a file that torch.save wrote", FIX, file=path))
-            asked = set(_names_in(archive.read(names[0])))
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        found = f"the checkpoint cannot be read ({str(error)[:200]})"
-        raise InvalidInput(Problem(found, "a file that torch.save wrote", FIX, file=path)) from error
-    return sorted(asked - TORCH_NAMES - set(STAND_INS))
-
-
-def _names_in(content: bytes) -> Iterator[str]:
-    """What a pickle names; ways to name that torch's writer does not take count as names of their own."""
-    for operation, argument, _ in pickletools.genops(content):
-        if operation.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".")
-        elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            yield f"something by {operation.name}"

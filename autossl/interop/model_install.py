@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
+from autossl.data.archive_files import REFUSE, ArchiveFile, check_stored_only, open_archive, read_text, unpack
 from autossl.data.files import read_json, write_json
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import CHECKPOINT_FINAL, RUN_FILE, read_run
@@ -27,7 +28,6 @@ from autossl.inference.inference_plan import (
     write_inference_plan,
 )
 from autossl.inference.postprocess import check_rules
-from autossl.interop.archive_files import REFUSE, ArchiveFile, check_stored_only, open_archive, read_text, unpack
 from autossl.interop.deployed import check_weights
 from autossl.interop.model_archive import (
     CARD_FILE,

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from autossl.data.archive_files import ArchiveFile, Limits, open_archive, unpack
 from autossl.data.problems import InvalidInput, Problem
-from autossl.interop.archive_files import ArchiveFile, Limits, open_archive, unpack
 
 PLANS, DESCRIPTION = "plans.json", "dataset.json"
 CHECKPOINT = "checkpoint_final.pth"

@@ -67,10 +67,10 @@ def build_network(
             network: Any = network_class(
                 input_channels=in_channels, num_classes=out_channels, deep_supervision=deep_supervision, **kwargs
             )
-        except (TypeError, AssertionError, KeyError) as error:
+        except (TypeError, AssertionError, LookupError, ValueError, AttributeError, RuntimeError) as error:
             raise InvalidInput(
                 Problem(
-                    f"arch_kwargs do not fit {architecture.network_class_name} ({error})",
+                    f"arch_kwargs do not fit {architecture.network_class_name} ({str(error)[:200]})",
                     "the arguments that autossl_plan_and_preprocess writes",
                     "undo the edit of the plan or plan again",
                 )

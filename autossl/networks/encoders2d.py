@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.torch_files import check_torch_file
 from autossl.networks.build import seeded_weights
 
 EXTRA = 'pip install "autossl[pretrained]"'
@@ -275,9 +277,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     wanted = f"tensors by name, as torch.save writes a state_dict, of {KNOWN}"
     if not path.is_file():
         raise InvalidInput(Problem("no such file", wanted, "check the path", file=path))
+    if zipfile.is_zipfile(path):  # packages hold files of before torch's zip format too
+        check_torch_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (MemoryError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidInput(
             Problem(

@@ -16,9 +16,9 @@ import pytest
 import torch
 from tiny_model import DATASET, write_tiny_run
 
+from autossl.data.archive_files import MAX_TEXT_BYTES, check_stored_only
 from autossl.data.problems import InvalidInput
 from autossl.interop import model_install
-from autossl.interop.archive_files import MAX_TEXT_BYTES, check_stored_only
 from autossl.interop.model_archive import ExportRequest, belongs_into_archive, export_model
 from autossl.interop.model_install import InstallRequest, install_model
 

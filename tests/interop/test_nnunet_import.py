@@ -18,8 +18,9 @@ from tiny_model import tiny_plans, write_tiny_images
 
 from autossl.data.image_io import read_label
 from autossl.data.problems import InvalidInput
+from autossl.data.torch_files import refused_names
 from autossl.inference.predict import PredictRequest, predict
-from autossl.interop.foreign_checkpoint import read_foreign_checkpoint, refused_names
+from autossl.interop.foreign_checkpoint import STAND_INS, read_foreign_checkpoint
 from autossl.interop.nnunet_import import ImportRequest, ImportResult, import_nnunet
 from autossl.interop.nnunet_plans import imported_plans, resolved_configuration
 from autossl.interop.nnunet_source import models_in, stays_inside
@@ -172,7 +173,7 @@ class Evil:
 
 def test_what_would_be_executed_is_named_and_not_executed(tmp_path: Path) -> None:
     model = write_model(tmp_path, logging={"a": Evil(tmp_path / "evil"), "b": np.zeros(2)}, folds=("0",))
-    with pytest.raises(InvalidInput, match=r"execute .*numpy\._core\.multiarray\._reconstruct.*pathlib"):
+    with pytest.raises(InvalidInput, match=r"executed: .*numpy\._core\.multiarray\._reconstruct.*pathlib"):
         imported(model, tmp_path / "w")
     assert not (tmp_path / "evil").exists()
     assert not (tmp_path / "w").exists()
@@ -181,7 +182,7 @@ def test_what_would_be_executed_is_named_and_not_executed(tmp_path: Path) -> Non
 @pytest.mark.parametrize("value", [np.float64(0.1), np.float16(2), np.int8(-5), np.uint64(2**63), np.bool_(True)])
 def test_numpy_scalars_become_plain_numbers(tmp_path: Path, value: Any) -> None:
     torch.save({"value": value}, tmp_path / "c.pth")
-    assert refused_names(tmp_path / "c.pth") == []
+    assert refused_names(tmp_path / "c.pth", STAND_INS) == []
     found = read_foreign_checkpoint(tmp_path / "c.pth")["value"]
     assert found == value.item()
     assert type(found) is type(value.item())
