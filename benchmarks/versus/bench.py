@@ -133,7 +133,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def link_dataset(source: Path, raw: Path, n_cases: int | None = None) -> Path:
+def copy_dataset(source: Path, raw: Path, n_cases: int | None = None) -> Path:
     """The labeled cases of a dataset in another folder, with a dataset.json that names nnU-Net's reorienting reader.
 
     Args:
@@ -151,8 +151,8 @@ def link_dataset(source: Path, raw: Path, n_cases: int | None = None) -> Path:
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True)
     for case in labeled:
-        link_images(folder / "imagesTr", case, cases[case], ending)
-        (folder / "labelsTr" / f"{case}{ending}").symlink_to((source / "labelsTr" / f"{case}{ending}").resolve())
+        copy_images(folder / "imagesTr", case, cases[case], ending)
+        shutil.copyfile(source / "labelsTr" / f"{case}{ending}", folder / "labelsTr" / f"{case}{ending}")
     description["numTraining"] = len(labeled)
     if ending == ".nii.gz":
         description["overwrite_image_reader_writer"] = "NibabelIOWithReorient"
@@ -160,7 +160,7 @@ def link_dataset(source: Path, raw: Path, n_cases: int | None = None) -> Path:
     return folder
 
 
-def link_images(folder: Path, case: str, files: tuple[Path, ...], ending: str) -> None:
+def copy_images(folder: Path, case: str, files: tuple[Path, ...], ending: str) -> None:
     """With the channel's number in each name, as nnU-Net wants it."""
     for channel, path in enumerate(files):
-        (folder / f"{case}_{channel:04d}{ending}").symlink_to(path.resolve())
+        shutil.copyfile(path, folder / f"{case}_{channel:04d}{ending}")

@@ -12,7 +12,7 @@ from autossl.inference.model_folder import read_model
 from autossl.interop.nnunet_export import NnunetExportRequest, export_nnunet
 
 from .agreement import agreement
-from .bench import DEFAULTS, OURS, Bench, Call, cores, link_images, worker_counts
+from .bench import DEFAULTS, OURS, Bench, Call, copy_images, cores, worker_counts
 from .random_model import plans_3d, write_random_run
 
 DATASET = "Dataset004_Hippocampus"
@@ -71,7 +71,7 @@ class PredictRow:
         images.mkdir()
         source = self.bench.data / model.run.dataset / "imagesTr"
         for case, files in list(case_files(source, ending, model.plan.n_channels).items())[: self._n_cases]:
-            link_images(images, case, files, ending)
+            copy_images(images, case, files, ending)
 
     def variants(self) -> dict[str, Call]:
         """nnU-Net: its defaults (3 processes to read, 3 to write), none, one, and as many as cores."""

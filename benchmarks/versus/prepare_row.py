@@ -14,7 +14,7 @@ from autossl.data.files import read_json
 from autossl.data.store import CaseStore
 from autossl.planners.plan_and_preprocess import find_plans
 
-from .bench import DEFAULTS, OURS, Bench, Call, cores, link_dataset, worker_counts
+from .bench import DEFAULTS, OURS, Bench, Call, copy_dataset, cores, worker_counts
 from .made_up_sets import make_ct, make_masked_mr
 
 TOLERANCE = 1e-3
@@ -52,13 +52,13 @@ class PrepareRow:
         return {"dataset": self.dataset, "target_spacing": spacing, "cases": self.bench.cases or "all"}
 
     def prepare(self) -> None:
-        """Links the raw dataset, or makes it up."""
+        """Copies the raw dataset, or makes it up."""
         source = self.bench.data / self.dataset
         if self.dataset in MADE_UP:
             source = self.folder / "made_up" / self.dataset
             shutil.rmtree(source, ignore_errors=True)
             MADE_UP[self.dataset](source)
-        link_dataset(source, self.folder / "raw", self.bench.cases)
+        copy_dataset(source, self.folder / "raw", self.bench.cases)
 
     def variants(self) -> dict[str, Call]:
         """nnU-Net: its defaults (8 processes, 4 for 3d_fullres), and as many as cores."""
