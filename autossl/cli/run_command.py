@@ -131,7 +131,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
             return FAILED, _disk_full(cause.filename)
         if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno in NOT_PERMITTED):
             return INVALID, _not_permitted(cause)
-        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+        if type(cause).__name__ in ("MemoryError", "OutOfMemoryError") and not isinstance(error, WorkerError):
             return FAILED, f"memory ran out ({cause}). What to do: use fewer workers (-np) or a smaller preset."
     if isinstance(error, WorkerError):
         if any(f"[Errno {number}]" in error.details for number in DISK_FULL):

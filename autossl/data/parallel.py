@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,19 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from autossl.data.memory import LOOK_EVERY_S, MemoryWatch, free_memory, memory_now
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.signals import end_with_parent
+
+__all__ = ["WorkerError", "default_workers", "free_memory", "how_it_ended", "parallel_map", "usable_cpus"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SHARE_OF_FREE_MEMORY = 0.8
+WORKER_BYTES = 2**28
+"""What a worker takes beside its items, in round numbers."""
+OUT_OF_MEMORY = ("MemoryError", "Unable to allocate", "Cannot allocate memory", "not enough memory")
 SECONDS_TO_LEAVE = 5.0
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -33,12 +41,28 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerError(RuntimeError):
-    """A worker failed on an item. `item` is the item's name, `details` the worker's own traceback or its signal."""
+    """A worker failed on an item.
 
-    def __init__(self, item: str, details: str) -> None:
+    Args:
+        item: its name, usually the case id.
+        details: the worker's own traceback, or its signal.
+        memory: of the worker and the machine at that time.
+    """
+
+    def __init__(self, item: str, details: str, memory: str = "") -> None:
         self.item = item
         self.details = details
-        super().__init__(f"{item}: {details}")
+        self.memory = memory
+        seen = f"\nMemory at that time: {memory}." if memory else ""
+        super().__init__(f"{item}: {details}{seen}\nWhat to do: {_advice(details)}.")
+
+
+def _advice(details: str) -> str:
+    if "SIGKILL" in details or any(name in details for name in OUT_OF_MEMORY):
+        return "use fewer workers (-np; 0 needs none), free memory, or ask for more; then run the command again"
+    if any(name in details for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE")):
+        return "a library crashed on this case: look at its files; -np 0 shows whether it happens without workers too"
+    return "look at the files of this case; -np 0 works without processes; what is finished is kept"
 
 
 def parallel_map(
@@ -55,7 +79,7 @@ def parallel_map(
     must be picklable there); torch and BLAS use one thread in each. Leaving the iterator early ends the workers.
 
     Args:
-        n_workers: processes; 0 or 1 works in this process, None takes one per usable CPU.
+        n_workers: processes; 0 or 1 works in this process, None takes one per usable CPU, fewer where memory is short.
         name_of: what an error calls an item, usually the case id.
         bytes_of: estimated peak memory of an item. Items start only while the sum of those under way fits into 80 %
             of the memory that was free at the start; an item that is larger than that runs alone.
@@ -65,10 +89,19 @@ def parallel_map(
         WorkerError: any other exception, or a worker that was killed.
     """
     items = list(items)
-    n_workers = min(usable_cpus() if n_workers is None else n_workers, len(items))
+    n_workers = min(default_workers() if n_workers is None else n_workers, len(items))
     if n_workers <= 1:
         return _map_here(function, items, name_of)
     return _map_in_workers(_Job(function, items, name_of, bytes_of), n_workers)
+
+
+def default_workers() -> int:
+    """One worker per usable CPU, fewer where their own memory would take more than 80 % of what is free."""
+    cpus, free = usable_cpus(), free_memory()
+    fitting = max(1, min(cpus, int(SHARE_OF_FREE_MEMORY * free / WORKER_BYTES)))
+    if fitting < cpus:
+        logger.info("%d workers instead of %d: %.2f GiB of memory are free", fitting, cpus, free / 2**30)
+    return fitting
 
 
 def usable_cpus() -> int:
@@ -79,37 +112,6 @@ def usable_cpus() -> int:
         if quota != "max":
             count = min(count, int(quota) // int(period))
     return max(count, 1)
-
-
-def free_memory() -> int:
-    """Bytes that this process can take now without swapping, within its limits; 4 GiB where that is not known."""
-    free = None
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    for folder, limit_name, used_name in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            limit = int(Path(folder, limit_name).read_text())
-            used = int(Path(folder, used_name).read_text()) - _reclaimable(Path(folder))
-            free = min(free if free is not None else limit, max(limit - used, 0))
-    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):
-        import resource  # not on Windows
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            free = min(free if free is not None else limit, max(limit - taken, 0))
-    return 4 * 2**30 if free is None else free
-
-
-def _reclaimable(control_group: Path) -> int:
-    for line in (control_group / "memory.stat").read_text().splitlines():
-        if line.startswith("inactive_file "):
-            return int(line.split()[1])
-    return 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def _map_here(
         except InvalidInput as error:
             raise _with_case(error.problems, name_of(item)) from error
         except Exception as error:
-            raise WorkerError(name_of(item), "".join(traceback.format_exception(error)).strip()) from error
+            details = "".join(traceback.format_exception(error)).strip()
+            raise WorkerError(name_of(item), details, memory_now()) from error
         yield result
 
 
@@ -146,14 +149,16 @@ def _map_in_workers(job: _Job[Item, Result], n_workers: int) -> Iterator[Result]
     sizes = [job.bytes_of(item) if job.bytes_of else 0 for item in job.items]
     budget = SHARE_OF_FREE_MEMORY * free_memory()
     finished: dict[int, Result] = {}
+    watch = MemoryWatch()
     workers = _start(job, n_workers)
     try:
         for position in range(len(job.items)):
             while position not in finished:
-                _hand_out(job, workers, waiting, sizes, budget)
+                watch.look(worker.process.pid for worker in workers)
+                _hand_out(job, workers, waiting, sizes, budget, watch)
                 for worker in _ready(workers):
                     index = worker.index
-                    result = _receive(job, worker)
+                    result = _receive(job, worker, watch)
                     if index is not None:
                         finished[index] = result
                         worker.index = None
@@ -165,11 +170,13 @@ def _map_in_workers(job: _Job[Item, Result], n_workers: int) -> Iterator[Result]
 def _start(job: _Job[Item, Result], n_workers: int) -> list[_Worker]:
     context: Any = multiprocessing.get_context(START_METHOD)
     workers: list[_Worker] = []
+    # the system tells workers of the end of the thread that started them, not of the process
+    parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
     for _ in range(n_workers):
         ours, theirs = context.Pipe()
         # A forked worker would keep our ends of the earlier pipes open and then never notice that we are gone.
         inherited = [*(worker.connection for worker in workers), ours] if START_METHOD == "fork" else []
-        arguments = (job.function, job.items, theirs, inherited)
+        arguments = (job.function, job.items, theirs, inherited, parent)
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -178,7 +185,12 @@ def _start(job: _Job[Item, Result], n_workers: int) -> list[_Worker]:
 
 
 def _hand_out(
-    job: _Job[Item, Result], workers: list[_Worker], waiting: list[int], sizes: list[int], budget: float
+    job: _Job[Item, Result],
+    workers: list[_Worker],
+    waiting: list[int],
+    sizes: list[int],
+    budget: float,
+    watch: MemoryWatch,
 ) -> None:
     for worker in workers:
         under_way = [other.index for other in workers if other.index is not None]
@@ -190,39 +202,44 @@ def _hand_out(
         try:
             worker.connection.send(index)
         except OSError:
-            raise _death(worker, job.name_of(job.items[index])) from None
+            raise _death(worker, job.name_of(job.items[index]), watch) from None
         worker.index = index
 
 
 def _ready(workers: list[_Worker]) -> list[_Worker]:
     # A worker that dies closes its end of the pipe, which makes the pipe readable too.
-    readable = set(wait([worker.connection for worker in workers]))
+    readable = set(wait([worker.connection for worker in workers], LOOK_EVERY_S))
     return [worker for worker in workers if worker.connection in readable]
 
 
-def _receive(job: _Job[Item, Result], worker: _Worker) -> Result:
+def _receive(job: _Job[Item, Result], worker: _Worker, watch: MemoryWatch) -> Result:
     name = "start of a worker" if worker.index is None else job.name_of(job.items[worker.index])
     try:
         kind, content = worker.connection.recv()
     except (EOFError, OSError):
-        raise _death(worker, name) from None
+        raise _death(worker, name, watch) from None
     if kind == "problems":
         raise _with_case(content, name)
     if kind == "error":
-        raise WorkerError(name, content)
+        raise WorkerError(name, *content)
     result: Result = content
     return result
 
 
-def _death(worker: _Worker, name: str) -> WorkerError:
+def _death(worker: _Worker, name: str, watch: MemoryWatch) -> WorkerError:
+    seen = watch.of(worker.process.pid)
     worker.process.join(SECONDS_TO_LEAVE)
-    code = worker.process.exitcode
-    if code is not None and code < 0:
-        details = f"its worker process was killed by {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            details += ". This is how the system ends a process when memory runs out: use fewer workers (-np)"
-        return WorkerError(name, details)
-    return WorkerError(name, f"its worker process ended with exit code {code} and without a result")
+    return WorkerError(name, f"its worker process {how_it_ended(worker.process.exitcode)}", seen)
+
+
+def how_it_ended(exitcode: int | None) -> str:
+    """Of a process that ended before its time, in words."""
+    if exitcode is None or exitcode >= 0:
+        return f"ended with exit code {exitcode} and without a result"
+    name = signal.Signals(-exitcode).name if -exitcode in set(signal.Signals) else f"signal {-exitcode}"
+    return f"was killed by {name}" + (
+        ", which is how the system ends a process when memory runs out" if name == "SIGKILL" else ""
+    )
 
 
 def _stop(workers: list[_Worker]) -> None:
@@ -239,9 +256,16 @@ def _stop(workers: list[_Worker]) -> None:
 
 
 def _work(
-    function: Callable[[Any], Any], items: list[Any], connection: Connection, inherited: list[Connection]
+    function: Callable[[Any], Any],
+    items: list[Any],
+    connection: Connection,
+    inherited: list[Connection],
+    parent: int | None,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if parent is not None:
+        end_with_parent(parent)
     for other in inherited:
         other.close()
     _use_one_thread()
@@ -255,13 +279,13 @@ def _work(
         except InvalidInput as error:
             answer = ("problems", error.problems)
         except Exception:
-            answer = ("error", traceback.format_exc().strip())
+            answer = ("error", (traceback.format_exc().strip(), memory_now()))
         try:
             connection.send(answer)
         except OSError:
             return
         except Exception:  # a result that cannot be pickled
-            connection.send(("error", traceback.format_exc().strip()))
+            connection.send(("error", (traceback.format_exc().strip(), memory_now())))
 
 
 def _use_one_thread() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from autossl.data import parallel
+from autossl.data import memory, parallel
 from autossl.data.parallel import WorkerError, free_memory, parallel_map, usable_cpus
 from autossl.data.problems import InvalidInput, Problem
 
@@ -42,6 +44,12 @@ def test_an_exception_names_the_item_and_shows_the_traceback_of_the_worker(n_wor
     assert caught.value.item == "case_0"
     assert "ZeroDivisionError: division by zero" in str(caught.value)
     assert "return 1 / number" in str(caught.value)
+    assert re.search(
+        r"\nMemory at that time: (\d+\.\d\d GiB in the worker, )?\d+\.\d\d GiB free\.\n", str(caught.value)
+    )
+    assert str(caught.value).endswith(
+        "What to do: look at the files of this case; -np 0 works without processes; what is finished is kept."
+    )
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -73,6 +81,43 @@ def test_a_killed_worker_is_an_error_and_no_hang(end: Callable[[], None], said: 
     with pytest.raises(WorkerError, match=said) as caught:
         list(parallel_map(die_on_three, range(6), 2, name_of=lambda number: f"case_{number}"))
     assert caught.value.item == "case_3"
+    assert re.search(
+        r"Memory at that time: \d+\.\d\d GiB in the worker, \d+\.\d\d GiB free, \d\.\d s before", str(caught.value)
+    )
+    assert ("use fewer workers (-np" in str(caught.value)) == (said == "killed by SIGKILL")
+
+
+def test_the_out_of_memory_killer_is_told_from_other_killers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    events = tmp_path / "memory.events"
+
+    def die(kills: int) -> None:
+        events.write_text(f"oom 9\noom_kill {kills}\noom_group_kill 0\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for kills, expected in ((4, False), (6, True)):
+        events.write_text("oom 9\noom_kill 4\noom_group_kill 0\n")
+        with pytest.raises(WorkerError) as caught:
+            list(parallel_map(die, [kills, kills], 2))
+        assert ("the system ended 2 process(es) because memory ran out" in caught.value.memory) == expected
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_memory_that_runs_out_in_a_worker_comes_with_advice(n_workers: int) -> None:
+    with pytest.raises(WorkerError, match="What to do: use fewer workers"):
+        list(parallel_map(lambda n: bytes(n), [1, 2**62], n_workers))
+
+
+def test_no_more_workers_than_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(parallel, "usable_cpus", lambda: 16)
+    monkeypatch.setattr(parallel, "free_memory", lambda: 2**30)
+    with caplog.at_level(logging.INFO):
+        assert parallel.default_workers() == 3  # 0.8 GiB, a quarter each
+    assert "3 workers instead of 16: 1.00 GiB of memory are free" in caplog.text
+    monkeypatch.setattr(parallel, "free_memory", lambda: 0)
+    assert parallel.default_workers() == 1
+    monkeypatch.setattr(parallel, "free_memory", lambda: 2**40)
+    assert parallel.default_workers() == 16
 
 
 def test_a_result_that_cannot_be_sent_is_an_error_with_its_item() -> None:
@@ -134,8 +179,8 @@ import os, pathlib, time
 from autossl.data.parallel import parallel_map
 def note(n):
     pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()
-    time.sleep(0.05)
-list(parallel_map(note, range(1000), 2))
+    time.sleep(100)  # in the middle of its work
+list(parallel_map(note, range(2), 2))
 """
     parent = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 30
