@@ -69,6 +69,8 @@ class TrainRequest:
     overwrite: bool = False
     num_workers: int | None = None
     compile: bool = False
+    deterministic: bool = False
+    """On CUDA: only operations that give the same bits every time."""
     save_probabilities: bool = False
     """Of the validation cases, beside their label maps; also of folds that are finished."""
 
@@ -221,6 +223,7 @@ class RunSetup:
             fold_facts={fold: self.statistics(fold).model_dump(mode="json") for fold in self.folds},
             threads=torch.get_num_threads(),
             device=self.device,
+            deterministic=request.deterministic,
             versions={"autossl": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
 

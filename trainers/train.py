@@ -23,6 +23,7 @@ from autossl.data.runs import CHECKPOINT_FINAL, RUN_FILE, RunSpec, fold_lock, fo
 from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
 from autossl.trainers.checkpoints import read_newest, remove_earlier
+from autossl.trainers.determinism import deterministic_operations
 from autossl.trainers.extend import extend_run, reopen_fold
 from autossl.trainers.initial_weights import initial_checkpoint, initial_record, load_initial_weights
 from autossl.trainers.loop import LoopOptions, TrainingInterrupted, TrainingLoop
@@ -90,7 +91,7 @@ def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult
         TrainingDiverged: a loss term stayed non-finite.
     """
     setup = resolve(request)
-    with _folds_held(setup):
+    with _folds_held(setup), deterministic_operations(request.deterministic):
         return _train(setup, hooks or TrainHooks())
 
 

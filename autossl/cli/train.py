@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Results go to results/DATASET/SPLIT/CONFIGURATION__PRESET__METHOD[__TAG]__seed-S below the workspace.
-Ctrl-C saves the state; --resume goes on from there (and starts a run that does not exist yet).
+Ctrl-C and SIGTERM save the state; --resume goes on from there (and starts a run that does not exist yet). With a larger
+--steps it extends a finished run, and says what that does to its schedule.
 
 example: autossl_train 4 3d_fullres 0 -m mean_teacher --preset nano --labeled 8"""
 
@@ -93,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         help="weights to start from: a checkpoint, or the folder of a run (each fold from its own fold there)",
     )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with what is unfinished")
+    again.add_argument(
+        "--resume", action="store_true", help="go on with what is unfinished; with more --steps, with what is finished"
+    )
     again.add_argument("--overwrite", action="store_true", help="remove what exists of these folds and start again")
     parser.add_argument(
         "--num_workers",
@@ -105,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         "--save_probabilities",
         action="store_true",
         help="of the validation cases, for ensembles and selection; finished folds get them without training",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on CUDA: the same bits every time, and after --resume (slower; on a CPU it is always so)",
     )
     parser.add_argument("--compile", action="store_true", help="compile the network (worth it on CUDA)")
     add_device(parser)
@@ -152,6 +160,7 @@ def _request(arguments: argparse.Namespace) -> TrainRequest:
         overwrite=arguments.overwrite,
         num_workers=arguments.num_workers,
         compile=arguments.compile,
+        deterministic=arguments.deterministic,
         save_probabilities=arguments.save_probabilities,
     )
 

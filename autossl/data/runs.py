@@ -370,7 +370,8 @@ def _write_merged(folder: Path, stored: RunSpec, spec: RunSpec, kept: set[str]) 
 def _log_environment(stored: RunSpec, asked: RunSpec) -> None:
     for name in ("threads", "device", "deterministic", "versions"):
         before, now = getattr(stored, name), getattr(asked, name)
-        if before and now and before != now:
+        unknown = None in (before, now) or {} in (before, now)
+        if not unknown and before != now:
             logger.warning(
                 "%s was %s when the run began, now %s: results may differ in the last bits", name, before, now
             )
