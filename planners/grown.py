@@ -37,6 +37,13 @@ class PlanBasis(BaseModel):
     """Hash of what the data set declares, of the options and of this program's version."""
     labeled: dict[str, str]
     """Case → hash of its voxels and class sizes."""
+    before: PlanBasis | None = None
+    """Of the plans that were replaced last. It is written before the plans: a kill between the two leaves those."""
+
+    def of(self, plans: Plans) -> PlanBasis:
+        """The basis of the plans that are there: this one, or the one before where only that fits."""
+        fits_before = self.before is not None and self.before.plans_hash == plans.hash() != self.plans_hash
+        return self.before if fits_before and self.before is not None else self
 
 
 def plan_basis(plans: Plans, fingerprint: Fingerprint, options: PlanOptions) -> PlanBasis:
@@ -102,7 +109,11 @@ def read_basis(plans_path: Path) -> PlanBasis | None:
 
 
 def write_basis(plans_path: Path, basis: PlanBasis) -> None:
-    """Writes it atomically."""
+    """Writes it atomically, with what was there before where that is another; call it before the plans are written."""
+    there = read_basis(plans_path)
+    if there is not None:
+        before = there.before if there.plans_hash == basis.plans_hash else there.model_copy(update={"before": None})
+        basis = basis.model_copy(update={"before": before})
     write_json(basis_file(plans_path), basis.model_dump(mode="json"))
 
 

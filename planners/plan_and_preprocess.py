@@ -119,8 +119,8 @@ def _plan_and_preprocess(
         fresh = plan_from_facts(dataset_facts(fingerprint, raw.description, name, patients), options)
         plans, basis = _settle(folder, fresh, fingerprint, request)
         split = load_or_make_split(folder, split_cases(raw), duplicates=fingerprint.duplicates)
+    write_basis(plans_file(folder, plans.preset), basis)  # knows the plans of before as well, which are still there
     _write(folder, raw, fingerprint, plans)
-    write_basis(plans_file(folder, plans.preset), basis)
     wanted = options.configurations or tuple(plans.configurations)
     data = {}
     if request.preprocess:
@@ -236,6 +236,7 @@ def _settle(folder: Path, fresh: Plans, fingerprint: Fingerprint, request: PlanR
         old = read_plans(path)
     except InvalidInput:
         return fresh, now
+    basis = basis.of(old)
     kept = keep_sizes(fresh, now, old, basis)
     if kept is None or any(name not in kept.configurations for name in options.configurations or ()):
         return fresh, now

@@ -26,7 +26,8 @@ from autossl.networks.build import build_network
 from autossl.planners.budget import BudgetStatistics, budget_statistics
 from autossl.planners.fingerprint import Fingerprint, read_fingerprint
 from autossl.planners.foreground import foreground_intensities
-from autossl.planners.plan_and_preprocess import FINGERPRINT, Progress, find_plans, preprocess_planned
+from autossl.planners.grown import read_basis
+from autossl.planners.plan_and_preprocess import FINGERPRINT, Progress, find_plans, plans_file, preprocess_planned
 from autossl.planners.plans import Architecture, ConfigurationPlan, Plans
 from autossl.planners.semi_supervised import ema_decay_max
 from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
@@ -289,6 +290,7 @@ def resolve(request: TrainRequest) -> RunSetup:
     dataset = workspace.find_dataset(request.dataset)
     folder = workspace.preprocessed_folder(dataset)
     plans = find_plans(folder, request.preset)
+    _tell_changed_plans(folder, plans)
     plans.configuration(request.configuration)
     method = method_class(request.method)
     settings = make_settings(method, dict(request.settings))
@@ -332,6 +334,18 @@ def with_intensities_of(plans: Plans, split: Split, preprocessed_folder: Path) -
             "why": {**plans.why, "foreground_intensity_properties_per_channel": reason},
         }
     )
+
+
+def _tell_changed_plans(folder: Path, plans: Plans) -> None:
+    """Says where plans are not what was planned: an edit by hand is allowed, damage looks like one."""
+    path = plans_file(folder, plans.preset)
+    basis = read_basis(path)
+    if basis is not None and basis.of(plans).plans_hash != plans.hash():
+        logger.warning(
+            "%s is not as it was planned: edited by hand, or damaged. autossl_plan_and_preprocess makes it anew, keeps "
+            "this one beside it and says what differs",
+            path,
+        )
 
 
 def resolve_device(name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import autossl.planners.plan_and_preprocess as plan_and_preprocess_module
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
 from autossl.data.splits import read_split
@@ -121,3 +122,37 @@ def test_training_asks_for_planning_where_labels_came_since(workspace: Workspace
     assert stamps(workspace.root) == before
     plan(workspace)
     assert case in {*resolve(request).folds["0"].labeled, *resolve(request).folds["0"].validation}
+
+
+@pytest.mark.parametrize("name", ["write_fingerprint", "write_plans", "preprocess_planned"])
+def test_planning_that_was_killed_between_its_files_ends_as_if_it_was_not(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The plans, and the basis that says from which cases they are, cannot be written in one step."""
+    label_next(workspace)
+    unbroken = plan(Workspace(shutil.copytree(workspace.root, workspace.root.with_name("unbroken"))))
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_and_preprocess_module, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            plan(workspace)
+    again = plan(workspace)
+    assert again.plans == unbroken.plans
+    assert "planned with 3 labeled cases (now 4)" in again.plans.why["configurations"]
+    bases = [result.plans_file.with_name("basis_of_plans_nano.json").read_text() for result in (again, unbroken)]
+    assert bases[0] == bases[1]
+
+
+def test_training_tells_of_plans_that_changed_since_they_were_planned(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = TrainRequest(SETTINGS.name, "2d", ("0",), workspace=workspace.root, device="cpu")
+    resolve(request)
+    assert "not as it was planned" not in caplog.text
+    path = workspace.preprocessed_folder(SETTINGS.name) / "plans_nano.json"
+    path.write_text(path.read_text().replace('"batch_size": ', '"batch_size": 1', 1))
+    resolve(request)
+    assert f"{path} is not as it was planned: edited by hand, or damaged" in caplog.text
