@@ -321,6 +321,6 @@ def _summary(run: FoundRun, fold: str) -> Path:
 
 
 def _differences(method: RunSpec, twin: RunSpec) -> list[str]:
-    names = ("plans_hash", "total_steps", "labeled_batch_size", "initial_weights")
+    names = ("plans_hash", "total_steps", "extended_at", "labeled_batch_size", "initial_weights")
     values = [(name, getattr(method, name), getattr(twin, name)) for name in names]
     return [f"{name} {one}, its twin has {other}" for name, one, other in values if one != other]

@@ -61,7 +61,7 @@ SCENARIOS = (
     _train("supervised", 10),
     _train("mean_teacher", 14),
     _train("self_training", 18),
-    _train("m_and_n", 12, in_sample=False),
+    _train("m_and_n", 5, in_sample=False),
     _train("bcp", 8, in_sample=False),
     _train("cps", 8, in_sample=False),
     _train("spcl", 10, in_sample=False),
