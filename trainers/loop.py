@@ -182,7 +182,11 @@ class TrainingLoop:
             stream = iter(batches)
             for at, request in steps:
                 asked = time.perf_counter()
-                batch = next(stream)
+                try:
+                    batch = next(stream)
+                except Exception:
+                    self._stop_instead()
+                    raise
                 waited += time.perf_counter() - asked
                 latest = self._train_step(batch, at)
                 self._drawn += request.unlabeled.count
@@ -205,6 +209,12 @@ class TrainingLoop:
         if stopping:
             raise self._interrupted()
         log.draw(at_most_every_s=DRAW_EVERY_S)
+
+    def _stop_instead(self) -> None:
+        """Where the run was asked to stop, a missing batch is no fault: clusters end the workers by the same signal."""
+        if self._should_stop is not None and self._should_stop():
+            write_latest(self.folder, self.state())
+            raise self._interrupted()
 
     def _interrupted(self) -> TrainingInterrupted:
         return TrainingInterrupted(self.step, self.folder / CHECKPOINT_LATEST)

@@ -297,8 +297,11 @@ def _stop_signals(enabled: bool) -> Iterator[threading.Event]:
         return
 
     asked: list[float] = []
+    owner = os.getpid()
 
     def stop(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a worker inherits this: it stays until the state is saved
+            return
         asked.append(time.monotonic())
         if asked[-1] - asked[0] >= 1:
             raise KeyboardInterrupt

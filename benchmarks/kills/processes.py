@@ -60,6 +60,9 @@ def preload() -> None:
     from autossl.trainers.registry import all_methods
 
     all_methods()
+    for command in entry_points(group="console_scripts"):
+        if command.value.startswith("autossl."):
+            command.load()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ from autossl.trainers.methods.supervised import Supervised
 from autossl.trainers.optimization import PlannedOptimizer, group_optimizers
 from autossl.trainers.phases import Timetable
 from toys import toy_batch, toy_configuration, toy_job
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that it wrote; waiting for a busy disk would take most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 class ToySource:
@@ -207,6 +214,38 @@ def test_stop_and_resume_equals_an_unbroken_run(tmp_path: Path, stop_at: int) ->
     final = torch.load(tmp_path / "broken" / "checkpoint_final.pth", weights_only=True)
     assert final["progress"]["step"] == 16
     assert not (tmp_path / "broken" / "checkpoint_latest.pth").exists()
+
+
+def test_workers_that_end_with_the_signal_to_stop_lose_nothing(tmp_path: Path) -> None:
+    """A cluster sends SIGTERM to all processes of a job: the batch that is waited for never comes."""
+    whole = make_loop(tmp_path / "whole")
+    whole.run()
+    broken = make_loop(tmp_path / "broken")
+    batches = broken.source.batches
+    asked: list[bool] = []
+
+    def ending(steps: Sequence[tuple[int, BatchRequest]]) -> ToySource.Stream:
+        def stream() -> Iterator[Batch]:
+            for (step, _), batch in zip(steps, batches(steps), strict=True):
+                if step == 7:
+                    asked.append(True)
+                    raise RuntimeError("a worker died")
+                yield batch
+
+        return ToySource.Stream(stream())
+
+    broken.source.batches = ending  # type: ignore[method-assign]
+    broken._should_stop = lambda: bool(asked)
+    with pytest.raises(TrainingInterrupted, match="after step 7"):
+        broken.run()
+    resumed = make_loop(tmp_path / "broken")
+    resumed.load_state(torch.load(tmp_path / "broken" / "checkpoint_latest.pth", weights_only=True))
+    resumed.run()
+    assert all(torch.equal(value, weights_of(resumed)[name]) for name, value in weights_of(whole).items())
+    failing = make_loop(tmp_path / "failing")
+    failing.source.batches = ending  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="a worker died"):
+        failing.run()
 
 
 def test_reinitialize_gives_fresh_weights_at_the_border(tmp_path: Path) -> None:
