@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kills.processes import Ended, preload, start, wait
+from kills.processes import INTERRUPTED, Ended, preload, start, wait
 from kills.scenarios import DATASET, SCENARIOS, Scenario
 from kills.state import differences, remnants_of, state_of
 
@@ -48,10 +48,7 @@ SIGNALS = {"group": "KILL", "main": "KILL", "term": "TERM", "int": "INT", "preem
 MOST_KILLS = 4
 """Of one episode: what goes on after a kill is killed again."""
 INSTALLED_SHARE = 0.04
-STARTUP_S = 0.05
-"""From the fork to the command's own handling of signals."""
 HANG_S = 600.0
-INTERRUPTED = 3
 SAMPLE_KILLS = 12
 
 
@@ -237,7 +234,7 @@ class Campaign:
             each = workers or 1 if scenario.worker_option == "-np" else 1  # its workers share the points
             at: float = draw.randint(1, max(1, round(reference.points * share / each)))
         else:
-            at = STARTUP_S + draw.random() * reference.seconds * share
+            at = draw.random() * reference.seconds * share
         words = scenario.call(self._work, workers)
         child = start(words, log, int(at) if kind == "point" else None, installed)
         early = None if kind == "point" else wait(child, at)

@@ -33,6 +33,7 @@ RUN_FIELDS = (
     "settings",
     "changed_settings",
     "total_steps",
+    "extended_at",
     "labeled_batch_size",
     "unlabeled_batch_size",
     "initial_weights",

@@ -34,6 +34,7 @@ MODULES = (
 COUNT = "0"
 """As AUTOSSL_KILL_AT: points are counted and none is the one."""
 PR_SET_CHILD_SUBREAPER = 36
+INTERRUPTED = 3
 LOOK_EVERY_S = 0.005
 LEAVE_S = 15.0
 """For workers whose parent was killed."""
@@ -105,6 +106,8 @@ def start(words: Sequence[str], log: Path, kill_at: int | None, installed: bool,
 def _call(words: Sequence[str], count_in: Path | None) -> int:
     from autossl.data import files
 
+    for number in (signal.SIGTERM, signal.SIGINT):  # before the command handles them it has begun nothing
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))
     sys.argv = list(words)
     (command,) = entry_points(group="console_scripts", name=words[0])
     try:
