@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing.sharedctypes
+import os
 import signal
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -16,10 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from autossl.data.memory import MemoryWatch, memory_now
+from autossl.data.parallel import how_it_ended
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.signals import end_with_parent
 from autossl.trainers.base import Batch, BatchRequest
 
 Item = tuple[int, BatchRequest]
+SECONDS_TO_DIE = 3.0
 
 
 class MakesBatches(Protocol):
@@ -27,6 +35,9 @@ class MakesBatches(Protocol):
 
     def make(self, step: int, request: BatchRequest) -> Batch:
         """The batch of a step."""
+
+    def cases(self, step: int, request: BatchRequest) -> tuple[str, ...]:
+        """Ids of the cases that the batch of a step is made of."""
 
 
 class LoadingError(RuntimeError):
@@ -39,29 +50,40 @@ class _Failure:
 
     step: int
     text: str
+    memory: str = ""
     problems: tuple[Problem, ...] = ()
 
     def error(self) -> Exception:
         if self.problems:
             return InvalidInput(self.problems, title=f"the batch of step {self.step} could not be made:")
-        return LoadingError(f"the batch of step {self.step} could not be made in a worker process:\n{self.text}")
+        return LoadingError(
+            f"the batch of step {self.step} could not be made in a worker process:\n{self.text}"
+            f"Memory at that time: {self.memory}.\n"
+            "What to do: look at the files of this case; where memory ran out, use fewer workers (--num_workers, 0 "
+            "needs none). Then continue with --resume."
+        )
 
 
 class _Steps(Dataset[Any]):
-    def __init__(self, maker: MakesBatches, pin: bool) -> None:
+    def __init__(self, maker: MakesBatches, pin: bool, at: Any) -> None:
         self.maker = maker
         self.pin = pin
+        self.at = at
+        """Worker → the step that it is at: shared memory, because a killed worker cannot tell."""
 
     def __getitem__(self, item: Item) -> Any:
         step, request = item
+        worker = get_worker_info()
+        if worker is not None:
+            self.at[worker.id] = step
         try:
             batch = self.maker.make(step, request)
         except InvalidInput as error:
-            return _Failure(step, str(error), error.problems)
+            return _Failure(step, str(error), problems=error.problems)
         except Exception as error:
-            if get_worker_info() is None:
+            if worker is None:
                 raise LoadingError(f"the batch of step {step} could not be made: {error}") from error
-            return _Failure(step, traceback.format_exc())
+            return _Failure(step, traceback.format_exc(), memory_now())
         return _Pinnable(batch) if self.pin else batch
 
 
@@ -89,7 +111,9 @@ def _pinned(value: Any, done: dict[int, Tensor]) -> Any:
     return value
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(_: int, parent: int | None) -> None:
+    if parent is not None:
+        end_with_parent(parent)
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
@@ -115,9 +139,9 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _noting(steps: Iterable[Item], noted: list[int]) -> Iterator[Item]:
+def _noting(steps: Iterable[Item], noted: list[Item]) -> Iterator[Item]:
     for item in steps:
-        noted.append(item[0])
+        noted.append(item)
         yield item
 
 
@@ -130,15 +154,20 @@ class BatchIterator(Iterator[Batch]):
     """
 
     def __init__(self, maker: MakesBatches, steps: Iterable[Item], num_workers: int, pin_memory: bool) -> None:
-        self._waited_for: list[int] = []
+        self._maker = maker
+        self._waited_for: list[Item] = []
+        self._at = multiprocessing.sharedctypes.RawArray("q", [-1] * max(1, num_workers))
+        self._watch = MemoryWatch()
+        # the system tells workers of the end of the thread that started them, not of the process
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
         loader = DataLoader(
-            _Steps(maker, pin_memory),
+            _Steps(maker, pin_memory, self._at),
             sampler=_noting(steps, self._waited_for),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, parent=parent),
             generator=torch.Generator().manual_seed(0),  # else starting workers would draw from the global generator
         )
         with _sigchld_kept():
@@ -147,6 +176,10 @@ class BatchIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._source is None:
             raise StopIteration
+        workers = list(getattr(self._source, "_workers", []))
+        self._watch.look(worker.pid for worker in workers)
+        if any(worker.exitcode is not None for worker in workers):  # torch looks only when its batch is due
+            raise self._died(workers)
         try:
             result = next(self._source)
         except StopIteration:
@@ -156,8 +189,7 @@ class BatchIterator(Iterator[Batch]):
             self.close()
             raise
         except (RuntimeError, OSError, EOFError) as error:  # the latter two where a tensor's sender is gone
-            self.close()
-            raise LoadingError(self._death(error)) from error
+            raise self._died(workers, str(error)) from error
         if isinstance(result, _Failure):
             self.close()
             raise result.error()
@@ -165,18 +197,34 @@ class BatchIterator(Iterator[Batch]):
         batch: Batch = result.batch if isinstance(result, _Pinnable) else result
         return batch
 
-    def _death(self, error: Exception) -> str:
-        steps = ", ".join(str(step) for step in self._waited_for[:8])
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return (
-            f"a loading worker died while the batches of steps {steps} were being made ({reason}). "
-            "Expected: workers that live as long as the training. What to do: most often memory (or /dev/shm) ran out: "
-            "use fewer workers (--num_workers, 0 needs none), free memory, then continue with --resume."
+    def _died(self, workers: list[Any], said: str = "") -> LoadingError:
+        """The error for dead workers: how each ended, at what, and with which memory. Ends the others."""
+        found, requests = [], dict(self._waited_for)
+        if said and workers:  # the connection of a dying worker breaks before it has ended
+            wait([worker.sentinel for worker in workers], SECONDS_TO_DIE)
+        for number, worker in enumerate(workers):
+            if worker.exitcode in (None, 0):
+                continue
+            step = self._at[number]
+            at = "before its first batch" if step < 0 else f"after the batch of step {step}"
+            if step in requests:
+                cases = ", ".join(dict.fromkeys(self._maker.cases(step, requests[step])))
+                at = f"at the batch of step {step} (cases {cases})"
+            seen = self._watch.of(worker.pid)
+            found.append(f"a loading worker died {at}: it {how_it_ended(worker.exitcode)}. Memory then: {seen}")
+        self.close()
+        reason = "; ".join(found) or f"a loading worker died ({said.partition(chr(10))[0]})"
+        return LoadingError(
+            f"{reason}. Expected: workers that live as long as the training. What to do: most often memory (or "
+            "/dev/shm) ran out: use fewer workers (--num_workers, 0 needs none), free memory, then continue with "
+            "--resume."
         )
 
     def close(self) -> None:
         """Ends the workers; batches that are not yet taken are lost. May be called more than once."""
-        self._source = None  # torch ends its workers when the iterator goes
+        source, self._source = self._source, None
+        # torch does it when the iterator goes, but the traceback of an error keeps that
+        getattr(source, "_shutdown_workers", lambda: None)()
 
     def __enter__(self) -> BatchIterator:
         return self

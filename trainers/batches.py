@@ -154,6 +154,19 @@ class BatchMaker:
                 unlabeled = self._stream("unlabeled", pool, step, request.unlabeled)
         return Batch(labeled, unlabeled)
 
+    def cases(self, step: int, request: BatchRequest) -> tuple[str, ...]:
+        """Ids of the cases that the batch of a step is made of, as `make` draws them."""
+        streams: tuple[tuple[str, Sequence[LabeledCase | UnlabeledCase], StreamRequest], ...] = (
+            ("labeled", self.streams.labeled, request.labeled),
+            ("unlabeled", self._pool(request.unlabeled), request.unlabeled),
+        )
+        return tuple(
+            self._draw(name, pool, step, index)[0].id
+            for name, pool, wanted in streams
+            if pool
+            for index in range(wanted.count)
+        )
+
     # ------------------------------------------------------------------------------------------------- one stream
 
     def _pool(self, request: StreamRequest) -> Sequence[UnlabeledCase]:
@@ -170,9 +183,7 @@ class BatchMaker:
     ) -> StreamBatch:
         samples = []
         for index in range(request.count):
-            seeds = _Seeds((self.seed, self.rank, name, step, index))
-            rng = np.random.default_rng(seeds.of("place"))
-            case = cases[int(rng.integers(len(cases)))]
+            case, rng, seeds = self._draw(name, cases, step, index)
             try:
                 samples.append(self._sample(case, rng, seeds, index, request))
             except InvalidInput:
@@ -180,6 +191,14 @@ class BatchMaker:
             except Exception as error:
                 raise LoadingError(f"patch {index} of the {name} stream, case {case.id}, could not be made") from error
         return self._stack(name, samples, request)
+
+    def _draw(
+        self, name: str, cases: Sequence[LabeledCase | UnlabeledCase], step: int, index: int
+    ) -> tuple[LabeledCase | UnlabeledCase, np.random.Generator, _Seeds]:
+        """The case of a patch, and what draws the rest of it."""
+        seeds = _Seeds((self.seed, self.rank, name, step, index))
+        rng = np.random.default_rng(seeds.of("place"))
+        return cases[int(rng.integers(len(cases)))], rng, seeds
 
     def _sample(
         self,

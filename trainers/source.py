@@ -11,6 +11,7 @@ from autossl.planners.plans import ConfigurationPlan
 from autossl.trainers.base import BatchRequest
 from autossl.trainers.batches import BatchIterator, BatchMaker, Streams, UnlabeledCase, batch_iterator
 from autossl.trainers.pseudo_labels import PseudoLabelStore
+from autossl.trainers.worker_count import batch_bytes, workers_that_fit
 
 
 @dataclass
@@ -28,11 +29,18 @@ class FoldSource:
     signed_distance: bool = False
 
     def batches(self, steps: Sequence[tuple[int, BatchRequest]]) -> BatchIterator:
-        """One batch per step; close it to end its workers."""
+        """One batch per step; close it to end its workers, which are no more than memory allows."""
         maker = BatchMaker(
             self.streams, self.configuration, self.schema, self.seed, signed_distance=self.signed_distance
         )
-        return batch_iterator(maker, steps, self.num_workers, self.pin_memory)
+        largest = max(
+            (
+                batch_bytes(self.configuration, request, self.schema, self.signed_distance)
+                for request in {request for _, request in steps}
+            ),
+            default=0,
+        )
+        return batch_iterator(maker, steps, workers_that_fit(self.num_workers, largest), self.pin_memory)
 
     def reload_store(self, store: str, step: int) -> None:
         """From now on patches of the cases that the version of `step` uses come with it; it offers no others."""

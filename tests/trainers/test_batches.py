@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -534,16 +535,58 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_killed_worker_raises_with_step_and_advice(maker, monkeypatch):
+class Deadly(BatchMaker):
+    """Ends the worker in the middle of step 9."""
+
+    def make(self, step, request):
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().make(step, request)
+
+
+def test_a_worker_that_is_killed_at_its_work_is_told_with_its_cases_and_memory(maker, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     monkeypatch.setattr("torch.utils.data.dataloader._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    batches = batch_iterator(maker, steps_from(7, 1000), 1)
+    deadly = Deadly(maker.streams, maker.configuration, maker.schema, seed=0)
+    steps = steps_from(0, 1000)
+    batch = maker.make(*steps[9])
+    cases = ", ".join(dict.fromkeys((*batch.labeled.case_ids, *batch.unlabeled.case_ids)))
+    batches = batch_iterator(deadly, steps, 2)
+    pids, began = worker_pids(batches), time.monotonic()
+    with pytest.raises(LoadingError) as caught:
+        list(batches)
+    assert time.monotonic() - began < 30
+    assert f"died at the batch of step 9 (cases {cases}): it was killed by SIGKILL" in str(caught.value)
+    assert re.search(r"GiB in the worker, \d+\.\d\d GiB free, .*--num_workers", str(caught.value))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)  # no zombies either
+
+
+def test_a_dead_worker_is_noticed_before_its_batch_is_due(maker):
+    batches = batch_iterator(maker, steps_from(7, 1000), 2)
     next(batches)
+    time.sleep(0.5)  # both have made what they were asked for
     os.kill(worker_pids(batches)[0], signal.SIGKILL)
     time.sleep(0.2)  # what runs meanwhile is not interrupted
-    with pytest.raises(LoadingError, match=r"worker died.*step.*--num_workers"):
-        list(batches)
+    with pytest.raises(LoadingError, match=r"worker died at the batch of step \d+ \(cases .*SIGKILL"):
+        next(batches)
     assert next(batches, None) is None
+
+
+def test_workers_end_at_once_with_a_killed_training(maker, tmp_path):
+    child = os.fork()
+    if child == 0:
+        try:
+            batches = batch_iterator(maker, steps_from(0, 1000), 2)
+            next(batches)
+            (tmp_path / "pids").write_text(" ".join(map(str, worker_pids(batches))))
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    pids, until = [int(pid) for pid in (tmp_path / "pids").read_text().split()], time.monotonic() + 3
+    assert len(pids) == 2
+    while any(is_running(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(is_running(pid) for pid in pids)  # by itself torch looks every five seconds
 
 
 def test_closing_or_abandoning_ends_the_workers(maker):
