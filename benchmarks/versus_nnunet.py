@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def all_rows(bench: Bench, arguments: argparse.Namespace) -> tuple[list[Row], li
 def main() -> None:
     """Entry point."""
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the tool that runs ends as well
     with tempfile.TemporaryDirectory(prefix="versus_nnunet_") as scratch:
         bench = Bench(
             nnunet=arguments.nnunet_env,
