@@ -138,6 +138,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
             return FAILED, _disk_full(None, error.item)
         if any(f"[Errno {number}]" in error.details for number in NOT_PERMITTED):
             return INVALID, _not_permitted(OSError(0, error.details.splitlines()[-1]))
+        if "was killed by SIGTERM" in error.details:  # clusters end the workers by the signal that ends us
+            return INTERRUPTED, str(error)
         return FAILED, str(error)
     return _explain_training(error)
 

@@ -59,6 +59,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (caused(RuntimeError("wrapped"), OSError(errno.EDQUOT, "quota")), 1, "the disk is full. Expected: space"),
         (WorkerError("case_7", "OSError: [Errno 28] No space left"), 1, "the disk is full in the work on case_7"),
         (WorkerError("case_7", "its worker process was killed by SIGKILL"), 1, "case_7: its worker process was killed"),
+        (WorkerError("case_7", "its worker process was killed by SIGTERM"), 3, "case_7: its worker process was killed"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "the system refuses access to /x"),
         (MemoryError("32 GiB"), 1, "memory ran out (32 GiB)"),
         (WorkerError("case_7", "PermissionError: [Errno 13] Permission denied: '/x'"), 2, "Permission denied: '/x'"),
