@@ -42,6 +42,11 @@ from kills.processes import INTERRUPTED, Ended, preload, start, wait
 from kills.scenarios import DATASET, SCENARIOS, Scenario
 from kills.state import differences, remnants_of, state_of
 
+from autossl.data.files import write_json
+from autossl.data.phantom import PhantomSettings, make_phantom_dataset
+from autossl.data.provenance import Written, package_commit
+from autossl.evaluation.benchmark.provenance import machine
+
 POINT_SHARE = 0.5
 RANDOM_KINDS = {"group": 4, "main": 2, "term": 2, "int": 1, "preempt": 1}
 SIGNALS = {"group": "KILL", "main": "KILL", "term": "TERM", "int": "INT", "preempt": "TERM"}
@@ -90,10 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = summary(episodes) | {"seconds_of_this_call": round(time.monotonic() - began, 1)}
     content["seconds_to_prepare"] = round(prepared, 1)
     if arguments.output is not None:
-        from autossl.data.files import write_json
-        from autossl.data.provenance import Written
-        from autossl.evaluation.benchmark.provenance import machine
-
         what = __doc__.splitlines()[0] if __doc__ else ""
         head = {"what": what, "seed": arguments.seed, "machine": machine("cpu")}
         write_json(arguments.output, {**head, **content, "written": Written.now().model_dump(mode="json")})
@@ -123,9 +124,11 @@ class Campaign:
     def prepare(self) -> None:
         """Makes the raw dataset and every unbroken run that is not there yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        made_with = self.folder / "commit.txt"
+        if made_with.is_file() and made_with.read_text() != package_commit():
+            raise SystemExit(f"{self.folder} was begun with commit {made_with.read_text()}: take a new folder")
+        made_with.write_text(package_commit())
         if not self._base(None).exists():
-            from autossl.data.phantom import PhantomSettings, make_phantom_dataset
-
             partial = self._base(None).with_name("partial")
             shutil.rmtree(partial, ignore_errors=True)
             settings = PhantomSettings(DATASET, n_labeled=6, n_unlabeled=3, n_test=3, shape_zyx=(12, 16, 16))

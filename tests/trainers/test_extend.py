@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import autossl.trainers.train as behind
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
 from autossl.data.runs import RunFilter, find_runs
@@ -19,6 +21,7 @@ from autossl.data.workspace import Workspace
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
+from autossl.planners.plans import read_plans
 from autossl.trainers.loop import TrainingInterrupted
 from autossl.trainers.train import TrainHooks, TrainRequest, train
 
@@ -70,7 +73,8 @@ def test_a_finished_run_is_extended_and_says_what_that_does(
     before = json.loads((run / "fold_0" / "validation" / "summary.json").read_text())
     result = train(request(workspace, steps=6, resume=True))
     assert (result.folder, result.spec.total_steps, result.spec.extended_at) == (run, 6, (4,))
-    rates = (0.01 * (1 - 3 / 4) ** 0.9, 0.01 * (1 - 4 / 6) ** 0.9)  # nnU-Net's schedule in the last and the next step
+    start = read_plans(run / "plans.json").configuration("2d").learning_rate
+    rates = (start * (1 - 3 / 4) ** 0.9, start * (1 - 4 / 6) ** 0.9)  # nnU-Net's schedule in the last and the next step
     said = f"learning rate, which had come to {rates[0]:.3g}, goes on with {rates[1]:.3g}"
     assert said in caplog.text
     assert "67% of the run" in caplog.text
@@ -143,8 +147,6 @@ def test_a_damaged_case_stops_the_start_by_its_name(workspace: Workspace) -> Non
 def test_a_stop_while_pseudo_labels_are_made_ends_the_run_after_the_case(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autossl.trainers import train as behind
-
     class Asked:
         """A stop that comes with the first predicted case."""
 
@@ -156,8 +158,6 @@ def test_a_stop_while_pseudo_labels_are_made_ends_the_run_after_the_case(
     def note(what: str, done: int, total: int, case: str) -> None:
         assert what == "pseudo-labels"
         Asked.asked = True
-
-    from contextlib import contextmanager
 
     @contextmanager
     def stop_signals(enabled: bool) -> Any:
