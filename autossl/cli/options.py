@@ -17,14 +17,15 @@ def add_workspace(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_workers(parser: argparse.ArgumentParser, work: str) -> None:
-    """-np."""
+def add_workers(parser: argparse.ArgumentParser, work: str, beside_loaders: bool = False) -> None:
+    """-np, also as --num_workers where that does not name the loader processes of trainings."""
     parser.add_argument(
         "-np",
         "--num_processes",
+        *([] if beside_loaders else ["--num_workers"]),
         type=non_negative,
         metavar="N",
-        help=f"processes that {work} (default: one per CPU, fewer where memory is short)",
+        help=f"processes that {work}; 0: none (default: one per CPU, fewer where memory is short)",
     )
 
 

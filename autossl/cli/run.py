@@ -111,7 +111,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         help="plan, measure some steps on made-up images, print time, disk and memory of every step, and stop",
     )
     part.add_argument("--step", metavar="NAME", help="run this step alone, of a planned dataset: for other engines")
-    add_workers(parser, "read and preprocess cases")
+    add_workers(parser, "read and preprocess cases", beside_loaders=True)
     add_device(parser)
     add_workspace(parser)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from autossl.cli.options import add_workspace
+from autossl.cli.options import add_workspace, non_negative
 from autossl.cli.overview import COMMANDS
 from autossl.cli.run_command import new_parser, run_command
 from autossl.data.parallel import WorkerError
@@ -107,7 +107,7 @@ def test_the_log_of_a_failure_holds_what_was_asked_done_and_raised(
 def test_a_command_that_is_told_to_stop_ends_its_workers_and_exits_with_3(number: int, tmp_path: Path) -> None:
     script = f"""
 import pathlib, time, os
-from autossl.cli.options import add_workspace
+from autossl.cli.options import add_workspace, non_negative
 from autossl.cli.overview import COMMANDS
 from autossl.cli.run_command import new_parser, run_command
 from autossl.data.locks import hold
@@ -183,3 +183,14 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(tmp_path: Path) -> 
     command.stdout.close()
     assert command.wait(timeout=30) == 128 + signal.SIGPIPE
     assert command.stderr.read() == ""
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_with_workers_works_without(name: str) -> None:
+    (entry,) = entry_points(group="console_scripts", name=name)
+    module = sys.modules[entry.load().__module__]
+    actions = module._parser()._actions if hasattr(module, "_parser") else []
+    counts = [action for action in actions if "process" in (action.help or "") and action.type is non_negative]
+    assert all(action.type("0") == 0 for action in counts)
+    if counts:
+        assert any("--num_workers" in action.option_strings for action in counts)
