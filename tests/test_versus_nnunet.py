@@ -73,19 +73,18 @@ def measured(row: MadeUpRow, path: Path, repeats: int, now: dict[str, Any] | Non
 
 
 def test_memory_of_children_counts_also_of_those_in_a_session_of_their_own(tmp_path: Path) -> None:
-    child = "import time; held = b'x' * 80_000_000; time.sleep(1)"
+    child = "import time; held = b'x' * 80_000_000; time.sleep(2)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
     alone = "import time; time.sleep(0.3)"
     run = import_module("versus.processes").run_measured
     both, one = (run([sys.executable, "-S", "-c", code], {}, tmp_path) for code in (parent, alone))
     assert both.peak_pss_mb > 80_000_000 / 2**20 + one.peak_pss_mb
     assert both.peak_pss_mb < 80_000_000 / 2**20 + one.peak_pss_mb + 40
-    assert both.wall_s >= 1
-    assert both.samples > one.samples >= 1
+    assert both.wall_s >= 2
 
 
 def test_memory_that_processes_share_counts_once(tmp_path: Path) -> None:
-    code = "import os, time; held = b'x' * 80_000_000; os.fork(); time.sleep(1)"
+    code = "import os, time; held = b'x' * 80_000_000; os.fork(); time.sleep(2)"
     found = import_module("versus.processes").run_measured([sys.executable, "-S", "-c", code], {}, tmp_path)
     assert 80_000_000 / 2**20 < found.peak_pss_mb < 1.5 * 80_000_000 / 2**20
 

@@ -87,9 +87,7 @@ def tree_of(root: int) -> list[int]:
         parents[pid] = int(fields[1])
         if int(fields[3]) == root:
             tree.add(pid)
-    found = True
-    while found:
-        found = {pid for pid, parent in parents.items() if parent in tree and pid not in tree}
+    while found := {pid for pid, parent in parents.items() if parent in tree and pid not in tree}:
         tree |= found
     return sorted(tree)
 
