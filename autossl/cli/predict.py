@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_parts", type=positive, default=1, metavar="N", help="share the work among N commands")
     parser.add_argument("--part_id", type=non_negative, default=0, metavar="K", help="this one's part, 0 to N-1")
     add_device(parser)
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "torch", "openvino"),
+        default="auto",
+        help="what computes the networks; auto: openvino on a CPU where it is installed, else torch (default: auto)",
+    )
     add_workspace(parser)
     return parser
 
@@ -86,6 +92,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(f"inference plan: {result.plan}")
     for folder, folds in result.members:
         print(f"run: {folder}, fold {', '.join(folds)}")
+    print(f"computed by {result.backend}")
     print(f"{len(result.predicted)} cases predicted{already}: {result.output}")
 
 
@@ -122,4 +129,5 @@ def _request(arguments: argparse.Namespace) -> PredictRequest:
         num_parts=arguments.num_parts,
         part_id=arguments.part_id,
         device=arguments.device,
+        backend=arguments.backend,
     )

@@ -18,6 +18,7 @@ from autossl.data.prepared import PreparedCase
 from autossl.data.probabilities import ROWS_AT_ONCE, STEPS, labels_of, quantize
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.workspace import Workspace
+from autossl.inference.backends import Backend, on_backend
 from autossl.inference.inference_plan import InferencePlan
 from autossl.inference.model_folder import TrainedModel, read_model
 from autossl.inference.predictor import Predictor, Window
@@ -59,7 +60,12 @@ class FinalModel:
         return [found for found in self.first.separate_modalities() if all(found in other for other in others)]
 
     def load(
-        self, device: str, mirroring: bool = True, step_size: float = 0.5, channels: tuple[int, ...] | None = None
+        self,
+        device: str,
+        mirroring: bool = True,
+        step_size: float = 0.5,
+        channels: tuple[int, ...] | None = None,
+        backend: str = "torch",
     ) -> LoadedModel:
         """With all networks on the device.
 
@@ -68,13 +74,15 @@ class FinalModel:
             mirroring: over the axes of each member's plan.
             step_size: of the window.
             channels: of the modality to predict from alone; None: all.
+            backend: what computes the networks, one of `BACKENDS`.
 
         Raises:
-            InvalidInput: as `TrainedModel.load_predictor`.
+            InvalidInput: as `TrainedModel.load_predictor` and `on_backend`.
         """
         windows = [Window.of(member.plan, mirroring, step_size) for member in self.members]
         pairs = zip(self.members, windows, strict=True)
-        return LoadedModel(self, tuple(m.load_predictor(window, device, channels) for m, window in pairs), channels)
+        predictors = [member.load_predictor(window, device, channels) for member, window in pairs]
+        return LoadedModel(self, *on_backend(predictors, backend, self.first.plan.n_channels), channels)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class LoadedModel:
 
     model: FinalModel
     predictors: tuple[Predictor, ...]
+    backend: Backend = "torch"
+    """What computes the networks."""
     channels: tuple[int, ...] | None = None
     """Of the modality that is there; None: all."""
 

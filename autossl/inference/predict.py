@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from autossl.data.prepared import PreparedCase
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter, choose_run
 from autossl.data.workspace import Workspace
+from autossl.inference.backends import Backend, backend_version, choose_backend
 from autossl.inference.final_model import FinalModel, LoadedModel, planned_model
 from autossl.inference.inference_plan import (
     INFERENCE_PLAN_FILE,
@@ -83,6 +85,8 @@ class PredictRequest:
     part_id: int = 0
     """Of the cases by name, each `num_parts`-th from this one on; for several machines with one output folder."""
     device: str = "auto"
+    backend: str = "auto"
+    """What computes the networks, one of `BACKENDS`; on `resume` auto stays with what the folder's record names."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class PredictResult:
     """Cases, in the order of prediction."""
     skipped: tuple[str, ...]
     """Cases whose results were there (`resume`)."""
+    backend: str
+    """What computed the networks, with its version, and the device."""
 
     @property
     def model(self) -> Path:
@@ -146,20 +152,22 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     chosen = dict(list(cases.items())[request.part_id :: request.num_parts])
     wanted = Wanted(request.save_probabilities, request.save_uncertainty)
     outputs = OutputFolder(request.output, model.first.description.file_ending, wanted, model.n_voters)
-    record = _record(request, chosen_model, channels)
+    asked = _asked_backend(request, device)
+    record = _record(request, chosen_model, channels) | {"backend": asked}
     with hold(_lock(request), f"predictions into {request.output}"):
         skipped = _check_outputs(request, outputs, chosen, record)
-        loaded = model.load(device, request.mirroring, request.step_size, channels)
+        loaded = model.load(device, request.mirroring, request.step_size, channels, asked)
+        computed_by = _say_who_computes(record, loaded.backend, device)
         todo = {case: files for case, files in chosen.items() if case not in skipped}
         job = _Job(loaded, outputs, wanted, record, chosen_model.rules)
         members = tuple((member.folder, member.folds) for member in model.members)
         named = " and ".join(f"{folder}, fold {', '.join(folds)}" for folder, folds in members)
-        logger.info("%d cases with %s, on %s", len(todo), named, device)
+        logger.info("%d cases with %s, by %s", len(todo), named, computed_by)
         predicted, problems = _predict_all(job, todo, on_progress)
     if problems:
         title = f"{len(todo) - len(predicted)} of {len(todo)} cases could not be predicted; the others are done:"
         raise InvalidInput(problems, title=title)
-    return PredictResult(members, chosen_model.plan, request.output, tuple(predicted), tuple(skipped))
+    return PredictResult(members, chosen_model.plan, request.output, tuple(predicted), tuple(skipped), computed_by)
 
 
 def _lock(request: PredictRequest) -> Path:
@@ -184,14 +192,19 @@ class _Job:
     record: Mapping[str, Any]
     rules: tuple[Rule, ...] = ()
 
+    def read(self, case: str, files: Files) -> tuple[PreparedCase, ...]:
+        """Reads and preprocesses a case."""
+        with _named("reading", case):
+            return self.loaded.prepare(case, files)
+
     def finish(self, case: str, restored: Restored, geometry: Geometry) -> None:
         """Tidies the label map by the rules and writes the case."""
-        if self.rules:
-            tidied = apply_rules(
-                restored.label_map, self.rules, self.loaded.model.first.schema, geometry.spacing_zyx_mm
-            )
-            restored = replace(restored, label_map=tidied)
-        self.outputs.write(case, restored, geometry)
+        with _named("writing", case):
+            if self.rules:
+                schema = self.loaded.model.first.schema
+                tidied = apply_rules(restored.label_map, self.rules, schema, geometry.spacing_zyx_mm)
+                restored = replace(restored, label_map=tidied)
+            self.outputs.write(case, restored, geometry)
 
     def open_folder(self) -> None:
         """Makes the output folder and says in it what predicts."""
@@ -231,12 +244,12 @@ def _predict_all(
     upcoming: Future[tuple[PreparedCase, ...]] | None = None
     try:
         for index, case in enumerate(names):
-            reading = upcoming or reader.submit(job.loaded.prepare, case, todo[case])
+            reading = upcoming or reader.submit(job.read, case, todo[case])
             upcoming, following = None, names[index + 1 : index + 2]
             try:
                 prepared = reading.result()
                 large = sum(one.image.nbytes for one in prepared) > LARGE_CASE_BYTES
-                upcoming = next((reader.submit(job.loaded.prepare, n, todo[n]) for n in following if not large), None)
+                upcoming = next((reader.submit(job.read, name, todo[name]) for name in following if not large), None)
                 if not predicted:
                     job.open_folder()
                 restored = _predict_one(job, prepared, PredictProgress(case, index, len(names), 0.0), on_progress)
@@ -267,9 +280,20 @@ def _predict_one(
             on_progress(replace(progress, share=share))
 
     on_share(0.0)
-    restored = job.loaded.predict(prepared, job.wanted, on_share)
+    with _named("predicting", progress.case):
+        restored = job.loaded.predict(prepared, job.wanted, on_share)
     on_share(1.0)
     return restored
+
+
+@contextmanager
+def _named(doing: str, case: str) -> Iterator[None]:
+    """What goes wrong beside the main thread says with which case, whatever it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while {doing} case {case}")
+        raise
 
 
 def _check_request(request: PredictRequest) -> None:
@@ -380,6 +404,23 @@ def _check_outputs(
     return [case for case in there if outputs.is_complete(case)]
 
 
+def _say_who_computes(record: dict[str, Any], backend: Backend, device: str) -> str:
+    """Puts into the record what came of the request's backend; gives its name, version and device."""
+    version = backend_version(backend)
+    record["backend"] = backend
+    record["versions"] = {**record["versions"], backend: version}
+    return f"{backend} {version} on {device}"
+
+
+def _asked_backend(request: PredictRequest, device: str) -> str:
+    """What to load the networks for; a folder that goes on keeps what computed its other cases."""
+    path, asked = Path(request.output) / RECORD_FILE, request.backend
+    if asked == "auto" and request.resume and path.is_file():
+        asked = read_json(path).get("backend", "torch")
+    choose_backend(asked, device)
+    return asked
+
+
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """What must agree for `resume`; records of one run once held it without a list of members."""
     return {
@@ -388,4 +429,5 @@ def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
         "mirroring": record["mirroring"],
         "step_size": record["step_size"],
         "postprocessing": record.get("postprocessing", []),
+        "backend": record.get("backend", "torch"),
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,21 @@ def use_onednn(network: nn.Module) -> nn.Module:
             if isinstance(module, nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros":
                 module._conv_forward = _OneDnnConvolution(module)  # type: ignore[assignment]
     return network
+
+
+@contextmanager
+def plain_convolutions(network: nn.Module) -> Iterator[None]:
+    """While the block runs, convolutions are PyTorch's own again: for what follows a network step by step."""
+    replaced = {
+        module: module.__dict__.pop("_conv_forward")
+        for module in network.modules()
+        if isinstance(module.__dict__.get("_conv_forward"), _OneDnnConvolution)
+    }
+    try:
+        yield
+    finally:
+        for module, convolution in replaced.items():
+            module._conv_forward = convolution
 
 
 class _OneDnnConvolution:

@@ -23,7 +23,9 @@ from autossl.data.probabilities import labels_of, probabilities_file, read_proba
 from autossl.data.problems import InvalidInput
 from autossl.data.runs import RunFilter, fold_lock
 from autossl.data.store import CaseStore
+from autossl.inference.final_model import LoadedModel
 from autossl.inference.model_folder import read_model
+from autossl.inference.outputs import OutputFolder
 from autossl.inference.predict import PredictProgress, PredictRequest, predict
 from autossl.inference.predictor import Window
 from autossl.inference.preprocessed import original_grid, predict_preprocessed, predict_preprocessed_grid
@@ -335,3 +337,26 @@ def test_a_fold_in_training_is_named_with_who_trains_it(
             predict(replace(request, folds=("1",)))
     with pytest.raises(InvalidInput, match=r"fold 1 is unfinished\. Expected"):
         predict(replace(request, folds=("1",)))
+
+
+@pytest.mark.parametrize(
+    "owner, name, doing",
+    [(LoadedModel, "prepare", "reading"), (LoadedModel, "predict", "predicting"), (OutputFolder, "write", "writing")],
+)
+def test_a_fault_beside_the_main_thread_names_its_case(
+    request_of: Callable[..., PredictRequest], owner: type, name: str, doing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = getattr(owner, name), []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return original(*arguments)
+
+    request = request_of()
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(MemoryError) as caught:
+        predict(request)
+    assert caught.value.__notes__ == [f"while {doing} case b"]
+    assert not list(request.output.glob("b.*"))

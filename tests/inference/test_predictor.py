@@ -234,3 +234,33 @@ def test_output_that_is_not_finite_is_an_error_not_a_label() -> None:
 def test_steps_outside_of_a_tile_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"step size 1\.5"):
         Window((8, 8, 8), step_size=1.5)
+
+
+@pytest.mark.parametrize("at_once, n_calls", [(1, 4), (2, 5)])
+def test_tiles_of_one_value_are_computed_once_where_tiles_are_predicted_alone(at_once: int, n_calls: int) -> None:
+    network = build_network(small_architecture(3), 2, 2, deep_supervision=False, seed=0).eval()
+    calls: list[int] = []
+
+    def counted(tiles: Tensor) -> Tensor:
+        calls.append(len(tiles))
+        return network(tiles)
+
+    image = torch.zeros(2, 8, 8, 72)  # 9 tiles of 8 along x
+    image[0, ..., :32] = -1.5  # 4 tiles of (-1.5, 0)
+    image[:, ..., 40:48] = torch.randn(2, 8, 8, 8)  # one that is not constant, between tiles of (0, 0)
+    image[1, ..., 64:] = 2.0
+    predictor = Predictor(spec_of(), [[counted]], 2, Window((8, 8, 8), (), 1.0, at_once))
+    found = predictor.logits(image)
+    assert len(calls) == n_calls
+    assert max(calls) == at_once
+    with torch.no_grad():
+        expected = torch.cat([network(image[None, ..., x : x + 8])[0] for x in range(0, 72, 8)], -1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(predictor.logits(image), found), "the tile that is kept is of the very same bits"
+
+
+def test_a_constant_tile_is_not_taken_for_that_of_other_folds() -> None:
+    predictor = Predictor(spec_of(), [[constant(1.0, 0.0)], [constant(3.0, 0.0)]], 2, Window((8, 8, 8), (), 1.0, 1))
+    image = torch.zeros(1, 8, 8, 8)
+    assert predictor.logits(image)[0].unique().tolist() == pytest.approx([2.0])
+    assert next(predictor.slabs(image, per_fold=True)).logits[:, 0, 0, 0, 0].tolist() == pytest.approx([1.0, 3.0])
