@@ -1,4 +1,4 @@
-"""A sample of the fuzz campaign: spoiled inputs of every kind end in success or in a message; nothing else is touched."""
+"""A sample of the fuzz campaign: spoiled inputs of every kind end in success or in a message and touch nothing more."""
 
 from __future__ import annotations
 

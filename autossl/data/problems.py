@@ -26,7 +26,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = ", ".join(part for part in (f"case {self.case}" if self.case else "", str(self.file or "")) if part)
-        return f"{place + ': ' if place else ''}{self.found}. Expected: {self.expected}. What to do: {self.fix}."
+        text = f"{self.found}. Expected: {self.expected}. What to do: {self.fix}."
+        return f"{printable(place) + ': ' if place else ''}{printable(text, lines=True)}"
 
 
 class InvalidInput(ValueError):
@@ -77,8 +78,17 @@ def _lines(problems: Sequence[Problem]) -> list[str]:
         cases = list(dict.fromkeys(str(problem.case) for problem in same))
         first = next((problem.file for problem in same if problem.file), None)
         place = f"{len(cases)} cases ({', '.join(cases)})" + (f", the first file {first}" if first else "")
-        lines.append(f"{place}: {found}. Expected: {expected}. What to do: {fix}.")
+        text = f"{found}. Expected: {expected}. What to do: {fix}."
+        lines.append(f"{printable(place)}: {printable(text, lines=True)}")
     return lines
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """Text from others; what a terminal would obey, or cannot show, is written as its code. `lines` keeps line ends."""
+    if text.isprintable():
+        return text
+    kept = "\n" if lines else ""
+    return "".join(sign if sign.isprintable() or sign == kept else ascii(sign)[1:-1] for sign in text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -28,3 +28,9 @@ def test_many_cases_with_one_fault_share_a_line_and_keep_their_names_and_the_oth
     assert shared not in lines  # two faults of no case are the same words: nothing may hide them
     without_place = str(InvalidInput([problem(case) for case in "abcd"] + [problem("e", "too loud")])).splitlines()
     assert without_place[1:] == [shared, "- case e, e.nii: too loud. Expected: light. What to do: lamp."]
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_code() -> None:
+    odd = Problem("a name 'x\x1b[2J'", "lines:\n  one", "rename it", file=Path("a\nb\udcff\u202e.nii"))
+    assert str(odd) == ("a\\nb\\udcff\\u202e.nii: a name 'x\\x1b[2J'. Expected: lines:\n  one. What to do: rename it.")
+    assert str(InvalidInput([odd, odd])).isascii()
