@@ -143,8 +143,9 @@ def care() -> str:
     short, long = dice("supervised"), dice("supervised", 3000)
     return f"""\
 1000 steps do not exhaust 8 labels: on fold 1 the twin reaches {short:.4f} with them and {long:.4f} with 3000,
-{100 * (long - short):+.1f} points. Here a method that gives the labels more weight gains by that alone, one that gives them less loses:
-there `mcnet` with the labels alone reaches {dice("mcnet", lambda_max=0.0):.4f}, and `bcp` with 3000 steps {dice("bcp", 3000):.4f}."""
+{100 * (long - short):+.1f} points. So a method that gives the labels more weight gains by that alone, one that gives
+them less loses: there `mcnet` with the labels alone reaches {dice("mcnet", lambda_max=0.0):.4f}, and `bcp` with 3000
+steps {dice("bcp", 3000):.4f}."""
 
 
 def page() -> str:
