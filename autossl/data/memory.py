@@ -76,11 +76,11 @@ class MemoryWatch:
 
     def look(self, pids: Iterable[int | None]) -> None:
         """Notes what these processes hold now; twice a second at most, unless one is new."""
-        pids = [pid for pid in pids if pid is not None]
-        if time.monotonic() - self._looked < LOOK_EVERY_S and all(pid in self._held for pid in pids):
+        known = [pid for pid in pids if pid is not None]
+        if time.monotonic() - self._looked < LOOK_EVERY_S and all(pid in self._held for pid in known):
             return
         self._looked, self._free = time.monotonic(), free_memory()
-        self._held |= {pid: held for pid in pids if (held := process_memory(pid)) is not None}
+        self._held |= {pid: held for pid in known if (held := process_memory(pid)) is not None}
 
     def of(self, pid: int | None) -> str:
         """What was last seen of a worker, in words."""
