@@ -133,7 +133,7 @@ def _outcomes(todo: Sequence[int], arguments: argparse.Namespace, materials: Mat
                 os.waitpid(process, 0)
             if ended or hangs:
                 del running[process]
-                hangs = hangs or status == signal.SIGXCPU
+                hangs = hangs or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
                 yield _outcome(number, folder, "hang" if hangs else f"killed, status {status}", seconds, arguments)
         time.sleep(POLL_S)
 
@@ -141,7 +141,7 @@ def _outcomes(todo: Sequence[int], arguments: argparse.Namespace, materials: Mat
 def _limited(number: int, folder: Path, arguments: argparse.Namespace, materials: Materials) -> None:
     """Ends by SIGXCPU where the limit of time is reached."""
     seconds = math.ceil(arguments.seconds + time.process_time())
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # at the second one SIGKILL would come
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     run_trial(number, arguments.seed, materials, folder)
 

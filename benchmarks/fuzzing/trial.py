@@ -102,7 +102,7 @@ class Watch:
         if not isinstance(path, str | bytes | os.PathLike):
             return  # a descriptor: what it belongs to was noted when it was opened
         real = os.path.realpath(os.fsdecode(path))
-        if not real.startswith((self.allowed + os.sep, "/dev/", "/proc/")) and real != self.allowed:
+        if not real.startswith((self.allowed + os.sep, "/proc/self/")) and real not in (self.allowed, os.devnull):
             self.outside.append(real)
 
 
