@@ -30,6 +30,7 @@ from autossl.trainers.base import (
     derive_seed,
 )
 from autossl.trainers.checkpoints import load_parts_state, parts_state, write_final, write_latest
+from autossl.trainers.compiling import compile_parts
 from autossl.trainers.gradient_share import gradient_shares, measuring_interval
 from autossl.trainers.optimization import (
     GroupOptimizer,
@@ -417,10 +418,8 @@ class TrainingLoop:
 
     def _place(self) -> None:
         place_parts(self.method.parts, self.options.device)
-        for name, module in self.method.parts.trained.items():
-            if self.options.compile:
-                logger.info("compiling %s", name)
-                module.compile()
+        if self.options.compile:
+            compile_parts(self.method.parts.trained)
 
 
 def place_parts(parts: Parts, device: str) -> None:

@@ -32,6 +32,7 @@ from autossl.planners.plans import Architecture, ConfigurationPlan, Plans
 from autossl.planners.semi_supervised import ema_decay_max
 from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
+from autossl.trainers.compiling import CompileChoice
 from autossl.trainers.components.losses import SupervisedLoss
 from autossl.trainers.initial_weights import initial_identity
 from autossl.trainers.memory_plan import MemoryPlan
@@ -69,7 +70,8 @@ class TrainRequest:
     resume: bool = False
     overwrite: bool = False
     num_workers: int | None = None
-    compile: bool = False
+    compile: str | None = None
+    """One of `COMPILE`; None: as the run began, off for a new one."""
     deterministic: bool = False
     """On CUDA: only operations that give the same bits every time."""
     save_probabilities: bool = False
@@ -93,6 +95,8 @@ class RunSetup:
     device: str
     memory: MemoryPlan | None = None
     """What the method's memory asks for; None: not decided yet."""
+    compile: CompileChoice | None = None
+    """Whether networks are compiled; None: not decided yet."""
 
     @property
     def unlabeled_batch_size(self) -> int:
@@ -221,6 +225,7 @@ class RunSetup:
             initial_weights=initial_identity(initial) if initial is not None else None,
             folds=self.folds,
             memory=self.memory.to_json() if self.memory else {},
+            compile=self.compile.to_json() if self.compile else {},
             fold_facts={fold: self.statistics(fold).model_dump(mode="json") for fold in self.folds},
             threads=torch.get_num_threads(),
             device=self.device,

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from autossl.data.problems import InvalidInput, Problem
 from autossl.trainers.base import Refresh, SemiSupervisedTrainer
+from autossl.trainers.compiling import Trial, weights_of
 from autossl.trainers.loop import BatchSource, LoopOptions, TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,17 @@ def seconds_per_step(
     refresh: Callable[[Refresh, int], bool | None],
 ) -> float:
     """Mean time of a step, on a method that is thrown away afterwards; `refresh` fills the stores that it asks for."""
-    times: list[float] = []
+    return trial_run(method, source, options, refresh).seconds_per_step
+
+
+def trial_run(
+    method: SemiSupervisedTrainer,
+    source: BatchSource,
+    options: LoopOptions,
+    refresh: Callable[[Refresh, int], bool | None],
+) -> Trial:
+    """A run of `TRIAL_STEPS`; as `seconds_per_step`."""
+    times = [time.perf_counter()]
     trial = replace(options, total_steps=TRIAL_STEPS, log_every=TRIAL_STEPS, checkpoint_every=TRIAL_STEPS)
     with TemporaryDirectory() as folder:
         loop = TrainingLoop(
@@ -42,7 +53,9 @@ def seconds_per_step(
             on_progress=lambda step, total, losses: times.append(time.perf_counter()),
         )
         loop.run()
-    return (times[-1] - times[-1 - MEASURED_STEPS]) / MEASURED_STEPS
+    seconds = (times[-1] - times[-1 - MEASURED_STEPS]) / MEASURED_STEPS
+    before = max(0.0, times[-1] - times[0] - seconds * TRIAL_STEPS)
+    return Trial(seconds, before, weights_of(method.parts.trained))
 
 
 def steps_for_hours(hours: float, seconds: float, n_folds: int) -> int:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +23,7 @@ from autossl.data.runs import CHECKPOINT_FINAL, RUN_FILE, RunSpec, fold_lock, fo
 from autossl.planners.plans import write_plans
 from autossl.trainers.base import SemiSupervisedTrainer, derive_seed
 from autossl.trainers.checkpoints import read_newest, remove_earlier
+from autossl.trainers.compiling import CompileChoice, Trial, choose_compile, weights_of
 from autossl.trainers.determinism import deterministic_operations
 from autossl.trainers.extend import extend_run, reopen_fold
 from autossl.trainers.initial_weights import initial_checkpoint, initial_record, load_initial_weights
@@ -31,7 +32,7 @@ from autossl.trainers.memory_trial import fit_to_memory
 from autossl.trainers.refresh import PoolPredictor, blank_pseudo_labels
 from autossl.trainers.setup import RunSetup, TrainRequest, provide_cases, resolve
 from autossl.trainers.source import FoldSource
-from autossl.trainers.speed import seconds_per_step, steps_for_hours
+from autossl.trainers.speed import steps_for_hours, trial_run
 from autossl.trainers.validation import ValidationResult, validate_fold
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
     folder = setup.folder(setup.spec(steps))
     if request.resume:
         _use_threads_of(folder, setup.device)
+    setup = replace(setup, compile=_compile_choice(setup, folder, steps))
     asked = setup.spec(steps)
     if request.initial_weights is not None:
         asked = asked.model_copy(update={"initial": _initial_records(setup, request.initial_weights, steps)})
@@ -111,7 +113,7 @@ def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
         if request.resume:
             extend_run(folder, asked, setup.method(setup.job(next(iter(setup.folds)), steps), setup.settings))
         spec = open_run(folder, asked, request.resume, request.overwrite)
-        setup = setup.with_cases_of(spec)
+        setup = replace(setup.with_cases_of(spec), compile=CompileChoice.from_json(spec.compile))
         write_plans(folder / "plans.json", setup.plans)
         write_json(folder / "dataset.json", setup.description.to_json())
     results = []
@@ -191,7 +193,7 @@ def loop_options(setup: RunSetup, fold: str, steps: int) -> LoopOptions:
     return LoopOptions(
         total_steps=steps,
         device=setup.device,
-        compile=setup.request.compile,
+        compile=setup.compile.on if setup.compile else setup.request.compile == "on",
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         seed=derive_seed(setup.request.seed, "fold", fold),
@@ -257,13 +259,38 @@ def _total_steps(setup: RunSetup) -> int:
     started = setup.folder(setup.spec(1)) / "run.json"
     if request.resume and started.is_file():
         return read_run(started.parent).total_steps
+    return steps_for_hours(request.hours, _trial(setup, request.compile == "on").seconds_per_step, len(setup.folds))
+
+
+def _trial_method(setup: RunSetup) -> SemiSupervisedTrainer:
+    return setup.method(setup.job(next(iter(setup.folds)), 1000), setup.settings)
+
+
+def _trial(setup: RunSetup, compiled: bool) -> Trial:
+    """A few steps of the first fold, from its initial weights, thrown away."""
     fold = next(iter(setup.folds))
-    method = setup.method(setup.job(fold, 1000), setup.settings)
     with TemporaryDirectory() as scratch:
         source = _source(setup, fold, Path(scratch))
-        blank = blank_pseudo_labels(source)
-        seconds = seconds_per_step(method, source, loop_options(setup, fold, 1000), blank)
-    return steps_for_hours(request.hours, seconds, len(setup.folds))
+        options = replace(loop_options(setup, fold, 1000), compile=compiled)
+        return trial_run(_trial_method(setup), source, options, blank_pseudo_labels(source))
+
+
+def _compile_choice(setup: RunSetup, folder: Path, steps: int) -> CompileChoice:
+    """That of the run where it exists, else what is asked for."""
+    request = setup.request
+    if (folder / RUN_FILE).is_file() and not request.overwrite:
+        kept = CompileChoice.from_json(read_run(folder).compile)
+        if request.compile == ("off" if kept.on else "on"):
+            state = "compiled" if kept.on else "not compiled"
+            logger.warning("the networks stay %s, as when the run began (%s)", state, kept.why or "without a choice")
+        return kept
+    return choose_compile(
+        request.compile or "off",
+        setup.device,
+        steps,
+        lambda: weights_of(_trial_method(setup).parts.trained),
+        lambda compiled: _trial(setup, compiled),
+    )
 
 
 def _initial_records(setup: RunSetup, source: Path, steps: int) -> dict[str, dict[str, Any]]:

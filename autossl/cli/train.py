@@ -114,7 +114,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="on CUDA: the same bits every time, and after --resume (slower; on a CPU it is always so)",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the network (worth it on CUDA)")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        help="compile the networks of a new run; auto: where a trial says that it pays (default: off)",
+    )
     add_device(parser)
     add_workspace(parser)
     return parser

@@ -81,6 +81,8 @@ class RunSpec(BaseModel):
     """Fold → what was measured of its labeled cases and decided from it, with the why. Not compared."""
     memory: dict[str, Any] = {}
     """What the method's memory asked for, with the why. Not compared; the batch size that it decided is."""
+    compile: dict[str, Any] = {}
+    """Whether networks are compiled in training, with the why. Not compared: a run keeps what it began with."""
     threads: int | None = None
     device: str | None = None
     versions: dict[str, str] = {}

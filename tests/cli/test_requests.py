@@ -38,7 +38,7 @@ def test_every_training_option_arrives() -> None:
     options = (
         "Hippocampus 3d_fullres 0 3 -m mean_teacher --preset nano --steps 70 --labeled 0.20 --draw 2 --seed 5 "
         "--device cpu --set noise=0.2 ramp_end=0.5 --set infer=teacher --tag T --init w.pth --resume --num_workers 0 "
-        "--compile --save_probabilities --workspace W"
+        "--compile auto --save_probabilities --workspace W"
     )
     assert train_request(*options.split()) == TrainRequest(
         dataset="Hippocampus",
@@ -57,7 +57,7 @@ def test_every_training_option_arrives() -> None:
         initial_weights=Path("w.pth"),
         resume=True,
         num_workers=0,
-        compile=True,
+        compile="auto",
         save_probabilities=True,
     )
     hours = train_request("4", "2d", "all_folds", "--hours", "1.5", "--overwrite")
@@ -70,7 +70,7 @@ def test_every_prediction_option_arrives(tmp_path: Path) -> None:
     options = (
         "-i IN -o OUT -d 4 -c 2d -m supervised --preset nano --labeled 8 --draw 1 --seed 3 --tag T -f 0 1 "
         "--save_probabilities --save_uncertainty --no_mirroring --step_size 0.7 --resume --num_parts 3 --part_id 2 "
-        "--device cpu --workspace W"
+        "--device cpu --backend torch --workspace W"
     )
     assert predict_request(*options.split()) == PredictRequest(
         input=Path("IN"),
@@ -87,6 +87,7 @@ def test_every_prediction_option_arrives(tmp_path: Path) -> None:
         num_parts=3,
         part_id=2,
         device="cpu",
+        backend="torch",
     )
     rule = Rule(kind="keep_largest", class_name="organ")
     write_postprocessing(tmp_path / "rules.json", PostprocessingPlan(rules=(rule,)))

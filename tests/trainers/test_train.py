@@ -27,7 +27,7 @@ from autossl.data.runs import fold_state, read_run
 from autossl.data.workspace import Workspace
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
-from autossl.trainers import speed
+from autossl.trainers import loop, speed
 from autossl.trainers.base import Phase, Refresh
 from autossl.trainers.loop import TrainingInterrupted
 from autossl.trainers.methods.mean_teacher import MeanTeacher
@@ -142,6 +142,24 @@ def test_interrupted_and_resumed_equals_unbroken(workspace: Workspace) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
     lines = [[json.loads(x) for x in (r.folds[0].folder / "log.jsonl").open()] for r in (whole, resumed)]
     assert [line["losses"] for line in lines[0]] == [line["losses"] for line in lines[1]]
+
+
+def test_a_run_keeps_the_compiling_that_it_began_with(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(loop, "compile_parts", lambda parts: compiled.extend(parts))
+    result = train(request(workspace, compile="on"))
+    assert compiled == ["network"]
+    assert result.spec.compile == {"on": True, "why": "asked for"}
+    assert read_run(result.folder).compile == result.spec.compile
+    fold = result.folder / "fold_0"
+    (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")
+    for again in ("auto", "off"):
+        caplog.clear()
+        assert train(request(workspace, compile=again, resume=True)).spec.compile["on"]
+        assert ("the networks stay compiled" in caplog.text) == (again == "off")
+    assert compiled == ["network"] * 2, "the unfinished fold went on compiled"
 
 
 def test_another_specification_is_refused_by_its_field(workspace: Workspace) -> None:
