@@ -13,8 +13,8 @@ from types import ModuleType
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "fuzz_campaign.py"
-INPUTS = 36
-"""Three of each place in the cycle of kinds."""
+INPUTS = 24
+"""Two of each place in the cycle of kinds."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 

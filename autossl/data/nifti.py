@@ -134,9 +134,9 @@ def _parse_header(path: Path, content: bytes) -> Any:
     size = next((n for n in HEADER_CLASSES if n in sizes and len(content) >= n), None)
     if size is None:
         raise unreadable(path, "no NIfTI header")
+    header = HEADER_CLASSES[size](content[:size], check=False)
+    _check_pixdim(path, header)  # before nibabel replaces zero and negative spacings
     try:
-        header = HEADER_CLASSES[size](content[:size], check=False)
-        _check_pixdim(path, header)  # before nibabel replaces zero and negative spacings
         header.check_fix(logger=_SILENT)
     except UNUSABLE_HEADER as error:
         raise unreadable(path, f"a damaged NIfTI header ({error})") from error

@@ -48,6 +48,7 @@ def test_a_fault_is_told_and_nothing_is_written(name: str, tmp_path: Path, capsy
     assert "Expected: " in told
     assert "What to do: " in told
     assert "Traceback" not in told
+    assert not re.search("What to do: .*Expected: ", told), "a message inside of a message"
     assert all(sign.isprintable() or sign == "\n" for sign in told)
     assert content_of(workspace) == before
 
