@@ -90,4 +90,5 @@ def test_the_page_on_security_has_the_figures_of_the_campaign() -> None:
     results = SCRIPT.parent / "results" / "fuzz_campaign.json"
     block = page.BLOCK.search((SCRIPT.parents[1] / "SECURITY.md").read_text(encoding="utf-8"))
     assert block is not None
-    assert block[0] == page.figures(json.loads(results.read_text(encoding="utf-8")))
+    made = results.exists()
+    assert block[0] == (page.figures(json.loads(results.read_text(encoding="utf-8"))) if made else "")
