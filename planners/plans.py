@@ -79,8 +79,10 @@ class Architecture(_Schema):
             raise ValueError(f"arch_kwargs.n_stages is {stages!r}, expected 1 to 16")
         for key in ("features_per_stage", "kernel_sizes", "strides"):
             given = kwargs.get(key, ())
-            if not isinstance(given, list | tuple) or len(given) != stages:
+            if not isinstance(given, list | tuple):
                 raise ValueError(f"arch_kwargs.{key} is {str(given)[:80]}, expected a list of {stages} entries")
+            if len(given) != stages:
+                raise ValueError(f"arch_kwargs.{key} has {len(given)} entries, expected {stages}")
         if any(not _is_count(f, 4096) for f in kwargs["features_per_stage"]):
             raise ValueError("arch_kwargs.features_per_stage must be integers from 1 to 4096")
         for key, largest in (("strides", 8), ("kernel_sizes", 31)):

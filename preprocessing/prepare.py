@@ -171,11 +171,11 @@ class Resampling:
         faults += [f"{key}_kwargs has {name}" for name in sorted(set(arguments) - known)]
         orders = (0, 1) if arguments.get("is_seg") else range(6)
         if arguments.get("order") not in orders:
-            faults.append(f"{key}_kwargs.order is {str(arguments.get('order'))[:80]!r}")
+            faults.append(f"{key}_kwargs.order is {repr(arguments.get('order'))[:80]}")
         if arguments.get("order_z", 0) != 0:
-            faults.append(f"{key}_kwargs.order_z is {str(arguments['order_z'])[:80]!r}")
+            faults.append(f"{key}_kwargs.order_z is {repr(arguments['order_z'])[:80]}")
         if arguments.get("force_separate_z") not in (None, True, False):
-            faults.append(f"{key}_kwargs.force_separate_z is {str(arguments['force_separate_z'])[:80]!r}")
+            faults.append(f"{key}_kwargs.force_separate_z is {repr(arguments['force_separate_z'])[:80]}")
         if faults:
             raise InvalidInput(
                 Problem(

@@ -226,8 +226,8 @@ SHIFTED = np.eye(4) + np.pad(np.full((3, 1), 5.0), ((0, 1), (3, 0)))
 
 FAULTS: dict[str, Fault] = {
     "nan": Fault(_voxel(np.nan), "1 of 1728 voxels are NaN", "b_0000"),
-    "infinite": Fault(_voxel(np.inf), "1 of 1728 voxels are NaN, infinite", "b_0000"),
-    "beyond all scanners": Fault(_voxel(1e30), "1 of 1728 voxels are NaN, infinite or beyond", "b_0000"),
+    "infinite": Fault(_voxel(np.inf), "1 of 1728 voxels are NaN or infinite", "b_0000"),
+    "beyond all scanners": Fault(_voxel(1e30), "1 of 1728 voxels are NaN or infinite", "b_0000"),
     "nan, unlabeled": Fault(_image(np.full((SIZE,) * 3, np.nan, np.float32), "Un", "u"), "1728 of 1728", "u_0000"),
     "scale is nan": Fault(_header(SLOPE, "2f", 1, np.nan), "damaged NIfTI header", "b_0000"),
     "constant": Fault(_image(np.full((SIZE,) * 3, 7, np.uint8)), "every voxel is 7", "b_0000"),

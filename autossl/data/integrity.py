@@ -104,7 +104,7 @@ def check_finite(image: npt.NDArray[np.floating], files: Sequence[Path], case: s
             bad = voxels.size - int(np.count_nonzero(np.abs(voxels) <= LARGEST_INTENSITY))
         problems.append(
             Problem(
-                f"channel {channel}: {bad} of {voxels.size} voxels are NaN, infinite or beyond {LARGEST_INTENSITY:g}",
+                f"channel {channel}: {bad} of {voxels.size} voxels are NaN or infinite (beyond {LARGEST_INTENSITY:g})",
                 "finite intensities",
                 "replace them by the value of the background and write the file again",
                 case,
