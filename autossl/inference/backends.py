@@ -151,10 +151,15 @@ def _converted(openvino: ModuleType, network: nn.Module, sample: Tensor) -> Any:
 
     A function is followed, not the module: that takes a tenth of the time, for the names of its parts are not kept.
     """
-    with warnings.catch_warnings(), torch.no_grad(), plain_convolutions(network):
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(lambda image: network(image), sample, check_trace=False)
-        return openvino.convert_model(traced)
+    root = logging.getLogger()
+    level = root.level
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), plain_convolutions(network):
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(lambda image: network(image), sample, check_trace=False)
+            return openvino.convert_model(traced)
+    finally:
+        root.setLevel(level)  # converting silences the warnings of everybody
 
 
 def _compiled(openvino: ModuleType, model: Any, shape: Sequence[int]) -> OpenVinoNetwork:

@@ -124,7 +124,7 @@ def test_training_asks_for_planning_where_labels_came_since(workspace: Workspace
     assert case in {*resolve(request).folds["0"].labeled, *resolve(request).folds["0"].validation}
 
 
-@pytest.mark.parametrize("name", ["write_fingerprint", "write_plans", "preprocess_planned"])
+@pytest.mark.parametrize("name", ["write_fingerprint", "write_plans", "_preprocess_planned"])
 def test_planning_that_was_killed_between_its_files_ends_as_if_it_was_not(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
