@@ -85,6 +85,12 @@ def notes(table: Table) -> list[str]:
     fewest = min((found.n_patients for found in differences), default=FEW_PATIENTS)
     if fewest < FEW_PATIENTS:
         lines.append(f"Only {fewest} patients validate: the intervals are too narrow, go by p.")
+    longer = {run.row: run.spec.total_steps for run in table.plan.runs if run.spec.total_steps != table.plan.steps}
+    if longer:
+        rows = ", ".join(f"{label(key)} ({steps})" for key, steps in longer.items())
+        lines.append(
+            f"Other steps than the twin's {table.plan.steps}: {rows}. Part of that difference is the longer training."
+        )
     commits = {commit for row in table.rows for commit in row.commits}
     if len(commits) > 1:
         lines.append(f"The runs were trained with several versions of the package: {', '.join(sorted(commits))}.")

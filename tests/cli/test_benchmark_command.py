@@ -352,7 +352,9 @@ def test_settings_and_places_reach_the_training(workspace: Workspace) -> None:
     assert plan.runs[1].folder.name.startswith("2d__nano__mean_teacher__set-")
 
 
-def test_rounds_that_get_all_steps_each_are_asked_for_by_the_steps_of_one(workspace: Workspace) -> None:
+def test_rounds_that_get_all_steps_each_are_asked_for_by_the_steps_of_one(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
     full = {"self_training:full": {"full_rounds": "1"}}
     asked = request(workspace, methods=("self_training", "self_training:full"), settings=full)
     plan = plan_benchmark(asked)
@@ -360,6 +362,11 @@ def test_rounds_that_get_all_steps_each_are_asked_for_by_the_steps_of_one(worksp
     assert steps == {"supervised": 5, "self_training": 5, "self_training:full": 15}
     words = execute.train_command(plan, next(run for run in plan.runs if run.row.method == "self_training:full"))
     assert words[words.index("--steps") + 1] == "5"
+    more = ["-m", "self_training:full", "--set", "self_training:full.full_rounds=1", "--table_only"]
+    assert benchmark.main(arguments(workspace, *more)) == 0
+    assert "Other steps than the twin's 5: self_training:full (15)." in capsys.readouterr().out
+    assert benchmark.main(arguments(workspace, "--table_only")) == 0
+    assert "Other steps" not in capsys.readouterr().out
 
 
 def test_a_variant_is_a_row_with_settings_of_its_own(workspace: Workspace) -> None:

@@ -244,6 +244,7 @@ def test_a_round_filters_voxels_and_cases_and_says_why(tmp_path: Path) -> None:
     assert report["thresholds"] == {"background": 1.0, "class 1": 200 / 255, "class 2": 130 / 255}
     assert store.label(5, "good").ravel().tolist() == [0, 1, 1, 1, 2, 0, 0, 0]
     assert confidence_of(store, "good") == [0, 240, 200, 0, 130, 0, 0, 0]
+    store.tidy(5)
     assert not list((tmp_path / "step_5").glob("*all_confidences*"))
 
 
@@ -331,7 +332,7 @@ def fill(source: FoldSource, step: int, weights: dict[str, float]) -> None:
     for case in source.streams.unlabeled:
         store.write_confidence(step, case.id, (label != 2).astype(np.uint8) * 255)
         store.write_case(step, case.id, label, None, {})
-    store.complete(step, weights, keep_older=True)
+    store.complete(step, weights)
     source.reload_store("pseudo", step)
 
 
