@@ -118,7 +118,14 @@ def _log_lines(verbose: bool, quiet: bool, kept: logging.Handler) -> Iterator[No
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    """Exit code and message."""
+    """Exit code and message, with what was being done where that is known."""
+    code, message = _reason(error)
+    doing = [note for note in getattr(error, "__notes__", ()) if code == FAILED and note not in message]
+    return code, f"{message} It happened {', '.join(doing)}." if doing else message
+
+
+def _reason(error: BaseException) -> tuple[int, str]:
+    """Exit code, and what went wrong."""
     from autossl.data.parallel import WorkerError
     from autossl.data.problems import InvalidInput
 

@@ -51,9 +51,15 @@ def caused(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+def noted(error: Exception, doing: str) -> Exception:
+    error.add_note(doing)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
+        (noted(MemoryError("9 GiB"), "while reading case c7"), 1, "smaller preset. It happened while reading case c7."),
         (INVALID, 2, "autossl_evaluate: case c1: found this. Expected: that. What to do: do so."),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y.b2nd"), 1, "the disk is full while writing /x/y.b2nd"),
         (caused(RuntimeError("wrapped"), OSError(errno.EDQUOT, "quota")), 1, "the disk is full. Expected: space"),
