@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from autossl.data.files import remove_folder, write_json
@@ -50,7 +51,7 @@ def extend_run(folder: Path, asked: RunSpec, method: SemiSupervisedTrainer) -> N
     write_json(folder / RUN_FILE, changed.model_dump(mode="json"))
 
 
-def _check(folder: Path, asked: RunSpec, method: SemiSupervisedTrainer, started: dict[str, str]) -> None:
+def _check(folder: Path, asked: RunSpec, method: SemiSupervisedTrainer, started: Collection[str]) -> None:
     problems = []
     if set(asked.folds) != set(started):
         folds = " ".join(sorted(started))
