@@ -112,7 +112,8 @@ def test_the_log_of_a_failure_holds_what_was_asked_done_and_raised(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_is_told_to_stop_ends_its_workers_and_exits_with_3(number: int, tmp_path: Path) -> None:
     script = f"""
-import pathlib, time, os
+import pathlib, signal, time, os
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have had it ignored
 from autossl.cli.options import add_workspace, non_negative
 from autossl.cli.overview import COMMANDS
 from autossl.cli.run_command import new_parser, run_command
