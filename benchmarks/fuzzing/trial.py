@@ -121,6 +121,7 @@ def run_trial(number: int, seed: int, materials: Materials, folder: Path) -> Non
         random = np.random.default_rng([seed, number])
         place, outcome.mutation = _spoil(outcome.kind, random, materials, folder)
         _confine(folder)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torch_cache")  # made when parts of torch are imported
         sys.addaudithook(watch)
         _go(outcome, place, folder)
         sys.stderr.flush()
