@@ -122,6 +122,7 @@ def run_trial(number: int, seed: int, materials: Materials, folder: Path) -> Non
         place, outcome.mutation = _spoil(outcome.kind, random, materials, folder)
         _confine(folder)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torch_cache")  # made when parts of torch are imported
+        sys.dont_write_bytecode = True  # else the interpreter's own files, beside modules that it first imports here
         sys.addaudithook(watch)
         _go(outcome, place, folder)
         sys.stderr.flush()
