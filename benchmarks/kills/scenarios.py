@@ -32,14 +32,15 @@ class Scenario:
         return [word.format(workspace=workspace) for word in self.words] + more
 
 
-def _train(method: str, weight: float, *more: str, in_sample: bool = True) -> Scenario:
-    words = f"autossl_train {DATASET} 2d 0 -m {method} --preset nano --steps {STEPS} --device cpu --resume -q"
-    at = ("--workspace", "{workspace}", *more)
+def _train(method: str, weight: float, configuration: str = "2d", in_sample: bool = True) -> Scenario:
+    run = f"{DATASET} {configuration} 0 -m {method}"
+    words = f"autossl_train {run} --preset nano --steps {STEPS} --device cpu --resume -q"
+    at = ("--workspace", "{workspace}")
     return Scenario(f"train {method}", PREPARED, (*words.split(), *at), weight, "--num_workers", in_sample)
 
 
 def _prepare(name: str, base: str | None, weight: float, *more: str) -> Scenario:
-    words = f"autossl_plan_and_preprocess -d {DATASET} -c 2d --preset nano -q".split()
+    words = f"autossl_plan_and_preprocess -d {DATASET} -c 2d 3d_fullres --preset nano -q".split()
     return Scenario(name, base, (*words, "--workspace", "{workspace}", *more), weight, "-np")
 
 
@@ -61,7 +62,7 @@ SCENARIOS = (
     _train("supervised", 10),
     _train("mean_teacher", 14),
     _train("self_training", 18),
-    _train("m_and_n", 5, in_sample=False),
+    _train("m_and_n", 5, "3d_fullres", in_sample=False),
     _train("bcp", 8, in_sample=False),
     _train("cps", 8, in_sample=False),
     _train("spcl", 10, in_sample=False),
