@@ -161,7 +161,7 @@ def _fold_of(source: Workspace, settings: Settings, raw: RawDataset, draw: int) 
 
 
 def _lay_out(base: Workspace, settings: Settings, raw: RawDataset, fold: Fold, pool: Sequence[str]) -> None:
-    """The data set of a user with few labels, made of links."""
+    """The data set of a user with few labels."""
     target = base.raw / settings.dataset
     if target.is_dir():
         return
@@ -169,11 +169,11 @@ def _lay_out(base: Workspace, settings: Settings, raw: RawDataset, fold: Fold, p
     shutil.rmtree(partial, ignore_errors=True)
     by_id = {case.id: case for case in raw.cases}
     for case in fold.labeled:
-        _link(by_id[case], partial, "imagesTr", "labelsTr")
+        _copy(by_id[case], partial, "imagesTr", "labelsTr")
     for case in pool:
-        _link(by_id[case], partial, "imagesUn", None)
+        _copy(by_id[case], partial, "imagesUn", None)
     for case in fold.validation:
-        _link(by_id[case], partial, "imagesTs", "labelsTs")
+        _copy(by_id[case], partial, "imagesTs", "labelsTs")
     for name in COPIED:
         if (raw.folder / name).is_file():
             shutil.copyfile(raw.folder / name, partial / name)
@@ -187,22 +187,22 @@ def _label(base: Workspace, workspace: Workspace, settings: Settings, added: Seq
         shutil.rmtree(workspace.root, ignore_errors=True)
         shutil.copytree(base.preprocessed, workspace.preprocessed)
         partial = target.with_name(f".partial-{target.name}")
-        shutil.copytree(base.raw / settings.dataset, partial, symlinks=True)
+        shutil.copytree(base.raw / settings.dataset, partial)
         for case in added:
             for image in case.images:
                 (partial / "imagesUn" / image.name).unlink()
-            _link(case, partial, "imagesTr", "labelsTr")
+            _copy(case, partial, "imagesTr", "labelsTr")
         partial.rename(target)
     _plan(workspace, settings)
 
 
-def _link(case: Case, raw: Path, images: str, labels: str | None) -> None:
+def _copy(case: Case, raw: Path, images: str, labels: str | None) -> None:
     files = {images: case.images, labels: (case.label,) if case.label else ()}
     for folder, paths in files.items():
         if folder is not None:
             (raw / folder).mkdir(parents=True, exist_ok=True)
             for path in paths:
-                (raw / folder / path.name).symlink_to(path.resolve())
+                shutil.copyfile(path, raw / folder / path.name)
 
 
 def _plan(workspace: Workspace, settings: Settings) -> None:
