@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from autossl.data.files import read_json, write_json
+from autossl.data.files import read_json, remove_remnants, write_json
 from autossl.data.image_io import read_geometry, read_image, read_label
 from autossl.data.integrity import remap_label_map
 from autossl.data.labels import LabelSchema
@@ -72,7 +72,7 @@ def preprocess_cases(
         WorkerError: a worker died; with its own traceback or signal, and the case.
     """
     cases = [case for case in raw.cases if case.pool in pools]
-    store.remove_remnants()
+    remove_remnants(store.folder)
     write_parameters(store, plans, configuration)
     work = _CaseWork(
         plans=plans,

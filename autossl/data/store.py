@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ from autossl.data.problems import InvalidInput, Problem
 SOURCE_META = "source"
 BLOCK_BYTES = 64 * 1024  # fits the cache beside its compressed form
 BLOCKS_PER_CHUNK = 32
-SECONDS_BEFORE_REMNANT = 3600.0
-PARTS = ("images", "nonzero", "properties", "labels", "locations")
 
 __all__ = [
     "CaseStore",
@@ -269,13 +266,6 @@ class CaseStore:
             pairs.append((other.label_path(case), self.label_path(case)))
         for theirs, ours in pairs:
             _link_or_copy(theirs, ours)
-
-    def remove_remnants(self) -> None:
-        """Removes unfinished files that killed runs left more than an hour ago; younger ones may be in the making."""
-        for part in PARTS:
-            for path in (self.folder / part).glob(f"{PARTIAL}*"):
-                if time.time() - path.stat().st_mtime > SECONDS_BEFORE_REMNANT:
-                    path.unlink(missing_ok=True)
 
     def _finished(self, part: str, ending: str) -> Iterator[Path]:
         return (path for path in (self.folder / part).glob(f"*{ending}") if not path.name.startswith(PARTIAL))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from autossl.data.case_files import case_files, modality_files
-from autossl.data.files import read_json, write_json
+from autossl.data.files import read_json, remove_remnants, write_json
 from autossl.data.geometry import Geometry
 from autossl.data.locks import hold
 from autossl.data.prepared import PreparedCase
@@ -156,6 +156,8 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     record = _record(request, chosen_model, channels) | {"backend": asked}
     with hold(_lock(request), f"predictions into {request.output}"):
         skipped = _check_outputs(request, outputs, chosen, record)
+        if request.num_parts == 1:  # of several, another may be writing
+            remove_remnants(request.output)
         loaded = model.load(device, request.mirroring, request.step_size, channels, asked)
         computed_by = _say_who_computes(record, loaded.backend, device)
         todo = {case: files for case, files in chosen.items() if case not in skipped}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -169,18 +167,6 @@ def test_sharing_copies_where_links_are_refused(
     other = CaseStore(tmp_path / "other")
     other.share("a", store, labeled=False)
     assert other.has("a", labeled=False)
-
-
-def test_old_remnants_are_removed_and_young_ones_stay(store: CaseStore) -> None:
-    store.write("a", make_case())
-    old, young = (store.folder / "images" / f".partial-{i}-b.b2nd" for i in (1, 2))
-    for path in (old, young):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
-    store.remove_remnants()
-    assert young.exists()
-    assert not old.exists()
-    assert store.cases() == ["a"]
 
 
 def test_missing_and_foreign_files_say_what_to_do(tmp_path: Path) -> None:

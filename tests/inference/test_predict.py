@@ -171,7 +171,9 @@ def test_resume_predicts_only_what_is_missing(request_of: Callable[..., PredictR
         predict(request)
     probabilities_file(request.output, "b").unlink()
     before = (request.output / "a.nii.gz").stat().st_mtime_ns
+    (request.output / ".partial-1-b.nii.gz").write_bytes(b"half")
     result = predict(replace(request, resume=True))
+    assert not (request.output / ".partial-1-b.nii.gz").exists()
     assert (result.predicted, result.skipped) == (("b",), ("a",))
     assert (request.output / "a.nii.gz").stat().st_mtime_ns == before
     assert predict(replace(request, resume=True)).predicted == ()

@@ -276,6 +276,7 @@ preprocess_cases(raw, plans, "3d_fullres", store.CaseStore(pathlib.Path({str(sto
     assert store.image_path("a").stat().st_mtime_ns == finished
     assert store.has("b", labeled=True)
     assert store.cases() == ["a", "b", "u"]
+    assert not half[0].exists()
 
 
 def test_memory_is_estimated_from_the_header(raw_folder: Path, plans: Any, store: CaseStore, monkeypatch: Any) -> None:
