@@ -15,7 +15,8 @@ One HTML file that holds everything, to be opened without a network: verdict, sc
 data, plan, training, what to label next, and how to repeat it. What is not there yet is said to be so.
 
 --check writes nothing: every number of the page is looked up again in the file it names, figures are drawn again, label
-maps are scored again, and the verdict is judged again. What differs is listed, with exit code 2.
+maps are scored again, the verdict is judged again, and the candidates for the final model are ranked again. What
+differs is listed, with exit code 2.
 
 example: autossl_report 4"""
 
@@ -60,6 +61,7 @@ def _check(root: Path, dataset: str, arguments: argparse.Namespace, progress: Co
 
     found = check_report(Workspace(root), dataset, arguments.split, arguments.output, progress.update)
     what = f"{found.n_values} values, {found.n_figures} figures, {found.n_scores} scores of cases"
+    what += f", {found.n_candidates} candidates for the final model" if found.n_candidates else ""
     what += ", and the verdict" if found.verdict else ""
     if found.differences:
         raise InvalidInput(found.differences, title=f"{found.page}: {len(found.differences)} of {what} differ:")

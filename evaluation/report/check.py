@@ -1,7 +1,8 @@
 """Checks a page: every number looked up again by the file and key it carries, and the files made again from theirs.
 
 1. Each value of the page against its file; figures drawn again; values that the files have now and the page has not.
-2. Scores of the runs (summary.json) against the label maps and references; verdict.json against these scores.
+2. Scores of the runs (summary.json) against the label maps and references; verdict.json and selection.json against
+   these scores and the saved probabilities.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from autossl.data.workspace import Workspace
 from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
 from autossl.evaluation.label_schemas import labels_of_dataset
 from autossl.evaluation.report.page import figure_markup
-from autossl.evaluation.report.place import SUMMARIES, VERDICT, Place, choose_split
+from autossl.evaluation.report.place import SELECTION, SUMMARIES, VERDICT, Place, choose_split
 from autossl.evaluation.report.report import make_page, report_path
 from autossl.evaluation.report.scores import dice_of_run, folders_of
 from autossl.evaluation.report.sources import COMPUTED, Value, shown
+from autossl.evaluation.selection.selection import select_again
 from autossl.evaluation.verdict import Candidate, Cohort, judge
 
 TOLERANCE = 1e-9
@@ -48,6 +50,8 @@ class Checked:
     """Metrics of cases that were scored again."""
     verdict: bool
     """Whether it was judged again."""
+    n_candidates: int
+    """Of the final model, whose scores and intervals were made again; ensembles from the saved probabilities."""
     differences: tuple[Problem, ...]
 
 
@@ -118,8 +122,10 @@ def check_report(
     differences = [Problem(p.found, p.expected, p.fix, file=path) for p in differences]
     n_scores, wrong = rescore(place, progress)
     judged, misjudged = rejudge(place)
+    n_candidates, misplaced = reselect(place)
     n_figures = len(figure_markup(content))
-    return Checked(path, len(ours), n_figures, n_scores, judged, (*differences, *wrong, *misjudged))
+    found = (*differences, *wrong, *misjudged, *misplaced)
+    return Checked(path, len(ours), n_figures, n_scores, judged, n_candidates, found)
 
 
 def traced_values(page: str) -> list[_Shown]:
@@ -239,12 +245,29 @@ def rejudge(place: Place) -> tuple[bool, list[Problem]]:
         return False, []
     with_unlabeled, without, equal_time, cohort = sides
     again = judge(with_unlabeled, without, cohort, equal_time, stored["n_resamples"]).model_dump(mode="json")
-    problems = [
-        Problem(f"{key} is {before!r} in the file, the scores give {now!r}", "the same", FIX_FILE)
+    return True, _content_differences(stored, again, place.files.root / source)
+
+
+def reselect(place: Place) -> tuple[int, list[Problem]]:
+    """Ranks the candidates for the final model again; how many, and what differs from selection.json."""
+    source = place.result(SELECTION)
+    if not place.files.has(source):
+        return 0, []
+    stored = place.files.content(source)
+    try:
+        again = select_again(place.workspace, place.dataset, place.split, stored)
+    except InvalidInput as error:
+        return 0, list(error.problems)
+    stored = {**stored, "candidates": {entry["name"]: entry for entry in stored["candidates"]}}
+    return len(again["candidates"]), _content_differences(stored, again, place.files.root / source)
+
+
+def _content_differences(stored: Any, again: Any, file: Path) -> list[Problem]:
+    return [
+        Problem(f"{key} is {before!r} in the file, the scores give {now!r}", "the same", FIX_FILE, file=file)
         for key, before, now in _leaves(stored, again)
         if not _equal(before, now)
     ]
-    return True, [Problem(p.found, p.expected, p.fix, file=place.files.root / source) for p in problems]
 
 
 def _candidates(

@@ -59,6 +59,8 @@ class Choice:
     chosen: Ranked
     ranked: tuple[Ranked, ...]
     """All candidates, the highest mean first."""
+    up_for_choice: tuple[str, ...]
+    """Names of those that the user's wish and the verdict leave."""
     advantage: Interval | None
     """Best ensemble minus best single model, of those that were up for choice; None where there was no ensemble."""
     compared: tuple[str, str] | None
@@ -104,6 +106,7 @@ def choose(scored: ScoredCandidates, wish: Wish | None = None, verdict: Judgment
     return Choice(
         chosen=taken,
         ranked=tuple(ranked),
+        up_for_choice=tuple(one.candidate.name for one in (*singles, *ensembles)),
         advantage=advantage,
         compared=(ensembles[0].candidate.name, singles[0].candidate.name) if ensembles else None,
         why=" ".join(sentence for sentence in sentences if sentence),

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,35 @@ def find_best_configuration(
     write_json(path.with_name(SELECTION_FILE), _selection_json(choice, scored, plan.written))
     write_inference_plan(path, plan)
     return Selection(choice, scored, plan, path)
+
+
+def select_again(workspace: Workspace, dataset: str, split: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a selection.json, from the predictions that are there now; writes nothing.
+
+    Args:
+        workspace: Where the runs are.
+        dataset: In full.
+        split: Its name.
+        stored: Content of the file.
+
+    Returns:
+        Its candidates by name and `ensemble_minus_single`; without ensembles where a probability is not there any more.
+
+    Raises:
+        InvalidInput: a run of it is not there, or not whole.
+    """
+    names = tuple(entry["runs"][0] for entry in stored["candidates"] if len(entry["runs"]) == 1)
+    predictions, _ = _collected(workspace, dataset, split, names)
+    whole = all(case.probabilities is not None for _, out in predictions for case in out.values())
+    options = SelectionOptions(runs=names, wish=Wish(ensemble=None if whole else False))
+    scored = score_candidates(workspace, dataset, split, options)
+    again = {"candidates": {one.candidate.name: _ranked_json(one, scored) for one in choose(scored).ranked}}
+    left = set(stored.get("up_for_choice", ()))
+    singles, ensembles = (tuple(one for one in side if one.name in left) for side in (scored.singles, scored.ensembles))
+    if singles and ensembles:
+        choice = choose(replace(scored, singles=singles, ensembles=ensembles))
+        again["ensemble_minus_single"] = _advantage_json(choice)
+    return again
 
 
 def score_candidates(
@@ -243,14 +272,19 @@ def _selection_json(choice: Choice, scored: ScoredCandidates, written: Written) 
         "metric": "pooled foreground Dice: mean over the classes of the mean over all out-of-fold cases",
         "chosen": choice.chosen.candidate.name,
         "why": choice.why,
-        "ensemble_minus_single": None
-        if choice.advantage is None or choice.compared is None
-        else {"ensemble": choice.compared[0], "single": choice.compared[1], **_interval_json(choice.advantage)},
+        "up_for_choice": list(choice.up_for_choice),
+        "ensemble_minus_single": _advantage_json(choice),
         "cases": {case.case: {"patient": case.patient, "fold": case.fold} for case in scored.cases},
         "candidates": [_ranked_json(ranked, scored) for ranked in choice.ranked],
         "left_out": dict(scored.left_out),
         "written": written.model_dump(mode="json"),
     }
+
+
+def _advantage_json(choice: Choice) -> dict[str, Any] | None:
+    if choice.advantage is None or choice.compared is None:
+        return None
+    return {"ensemble": choice.compared[0], "single": choice.compared[1], **_interval_json(choice.advantage)}
 
 
 def _ranked_json(ranked: Ranked, scored: ScoredCandidates) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from autossl.evaluation.report.place import choose_split, short_names
 from autossl.evaluation.report.report import write_report
 from autossl.evaluation.report.sources import Files, Traced, pointer, quantile, shown
 from autossl.evaluation.report.svg import round_ticks
+from autossl.evaluation.selection.choose import Wish
+from autossl.evaluation.selection.selection import SelectionOptions, find_best_configuration
 from autossl.inference.inference_plan import InferencePlan, LabelBudget, PlanMember, write_inference_plan
 from autossl.planners.fingerprint import extract_fingerprint, write_fingerprint
 
@@ -333,6 +335,21 @@ def test_a_changed_verdict_is_found_against_the_scores(workspace: Workspace) -> 
     write_report(workspace, DATASET)
     (problem,) = check_report(workspace, DATASET).differences
     assert "/per_class/organ/high" in problem.found
+    assert problem.file == path
+
+
+def test_a_changed_selection_is_found_against_the_scores(workspace: Workspace) -> None:
+    wish = Wish(ensemble=False)  # no probabilities were saved
+    path = find_best_configuration(workspace, DATASET, SelectionOptions(wish=wish)).path.with_name("selection.json")
+    write_report(workspace, DATASET)
+    found = check_report(workspace, DATASET)
+    assert (found.differences, found.n_candidates) == ((), 2)
+    selection = read_json(path)
+    selection["candidates"][1]["dice"]["low"] -= 0.01
+    write_json(path, selection)
+    write_report(workspace, DATASET)
+    (problem,) = check_report(workspace, DATASET).differences
+    assert f"/candidates/{selection['candidates'][1]['name']}/dice/low" in problem.found
     assert problem.file == path
 
 

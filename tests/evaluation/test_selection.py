@@ -31,7 +31,7 @@ from autossl.evaluation.out_of_fold import OutOfFoldCase
 from autossl.evaluation.selection import selection
 from autossl.evaluation.selection.candidates import Candidate, ScoredCandidates
 from autossl.evaluation.selection.choose import Choice, Wish, choose
-from autossl.evaluation.selection.selection import Selection, SelectionOptions, find_best_configuration
+from autossl.evaluation.selection.selection import Selection, SelectionOptions, find_best_configuration, select_again
 from autossl.evaluation.statistics import PairedSample, compare_paired
 from autossl.inference.inference_plan import read_inference_plan, set_postprocessing
 from autossl.inference.postprocess import Rule
@@ -248,6 +248,16 @@ def test_runs_and_pairs_are_scored_and_the_plan_is_written(made: Workspace, spli
     assert content["chosen"] == content["candidates"][0]["name"]
     means = [np.mean([list(case.values()) for case in entry["cases"].values()]) for entry in content["candidates"]]
     assert means == pytest.approx([entry["dice"]["observed"] for entry in content["candidates"]])
+
+
+def test_the_numbers_can_be_made_again_from_the_predictions(made: Workspace, split_folder: Path) -> None:
+    for options in ({}, {"verdict": Judged("no evidence")}):
+        found(made, **options)
+        stored = json.loads((split_folder / "selection.json").read_text())
+        again = select_again(made, DATASET, "default", stored)
+        assert again["candidates"] == {entry["name"]: entry for entry in stored["candidates"]}
+        assert again.get("ensemble_minus_single") == stored["ensemble_minus_single"]
+        assert len(stored["up_for_choice"]) == (1 if options else 3)
 
 
 def test_an_ensemble_is_scored_as_the_mean_of_its_probabilities(made: Workspace, split_folder: Path) -> None:
