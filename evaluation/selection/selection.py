@@ -122,7 +122,9 @@ def select_again(workspace: Workspace, dataset: str, split: str, stored: Mapping
     whole = all(case.probabilities is not None for _, out in predictions for case in out.values())
     options = SelectionOptions(runs=names, wish=Wish(ensemble=None if whole else False))
     scored = score_candidates(workspace, dataset, split, options)
-    again = {"candidates": {one.candidate.name: _ranked_json(one, scored) for one in choose(scored).ranked}}
+    again: dict[str, Any] = {
+        "candidates": {one.candidate.name: _ranked_json(one, scored) for one in choose(scored).ranked}
+    }
     left = set(stored.get("up_for_choice", ()))
     singles, ensembles = (tuple(one for one in side if one.name in left) for side in (scored.singles, scored.ensembles))
     if singles and ensembles:
