@@ -13,6 +13,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal
 
@@ -170,7 +171,17 @@ def _compiled(openvino: ModuleType, model: Any, shape: Sequence[int]) -> OpenVin
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
     }
-    return OpenVinoNetwork(openvino.Core().compile_model(model, "CPU", settings).create_infer_request())
+    return OpenVinoNetwork(_core(openvino).compile_model(model, "CPU", settings).create_infer_request())
+
+
+@lru_cache(maxsize=1)
+def _core(openvino: ModuleType) -> Any:
+    """One for the whole process, never let go of.
+
+    Its CPU plugin gives the thread in which it begins a stack for signals. Where it ends in another thread that stack
+    is unmapped and stays in use: the next signal ends the process.
+    """
+    return openvino.Core()
 
 
 def _openvino() -> ModuleType:

@@ -188,3 +188,23 @@ def test_folders_say_what_computed_them_and_go_on_with_it(tmp_path: Path) -> Non
 def test_networks_of_checkpoints_stay_with_pytorch_unless_asked(tmp_path: Path) -> None:
     model = read_model(write_tiny_run(tmp_path / "run", plans=tiny_plans(dims=2, orientation="native")))
     assert isinstance(model.load_predictor(Window.of(model.plan)).folds[0][0], nn.Module)
+
+
+def test_a_signal_after_a_network_ended_in_another_thread_is_handled() -> None:
+    """With faulthandler on, signals are handled on the stack that OpenVINO had replaced."""
+    program = """
+import faulthandler, os, signal, threading
+import torch
+from autossl.inference.backends import openvino_network
+faulthandler.enable()
+sample = torch.zeros(1, 1, 8, 8)
+network = torch.nn.Conv2d(1, 2, 3).eval().requires_grad_(False)
+held = [openvino_network(network, sample, sample.shape[1:])]
+thread = threading.Thread(target=held.clear)
+thread.start()
+thread.join()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr

@@ -356,7 +356,7 @@ def test_a_fault_beside_the_main_thread_names_its_case(
             raise ZeroDivisionError("made up")
         return original(*arguments)
 
-    request = replace(request_of(), backend="torch")
+    request = request_of()
     monkeypatch.setattr(owner, name, failing)
     with pytest.raises(ZeroDivisionError) as caught:
         predict(request)
