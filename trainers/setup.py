@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,23 +14,23 @@ import torch
 
 from autossl.data.description import DatasetDescription
 from autossl.data.labels import LabelSchema
-from autossl.data.parallel import usable_cpus
-from autossl.data.problems import InvalidInput, Problem
 from autossl.data.raw_dataset import Case, RawDataset, read_raw_dataset
 from autossl.data.runs import RunSpec, run_folder, tag_for
 from autossl.data.splits import Fold, Split, fold_cases, load_or_make_split, split_cases
 from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
 from autossl.networks.build import build_network
+from autossl.networks.device import resolve_device
 from autossl.planners.budget import BudgetStatistics, budget_statistics
 from autossl.planners.fingerprint import Fingerprint, read_fingerprint
 from autossl.planners.foreground import foreground_intensities
 from autossl.planners.grown import read_basis
-from autossl.planners.plan_and_preprocess import FINGERPRINT, Progress, find_plans, plans_file, preprocess_planned
+from autossl.planners.plan_and_preprocess import FINGERPRINT, find_plans, plans_file
 from autossl.planners.plans import Architecture, ConfigurationPlan, Plans
 from autossl.planners.semi_supervised import ema_decay_max
 from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
 from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
+from autossl.trainers.checks import check_needs, check_numbers, check_planned_since
 from autossl.trainers.compiling import CompileChoice
 from autossl.trainers.components.losses import SupervisedLoss
 from autossl.trainers.initial_weights import initial_identity
@@ -290,7 +289,7 @@ def resolve(request: TrainRequest) -> RunSetup:
         InvalidInput: unknown dataset, configuration, preset, method, setting, fold or device; a budget that cannot be
             met; plans of another dataset.
     """
-    _check_numbers(request)
+    check_numbers(request)
     workspace = Workspace.locate(request.workspace)
     dataset = workspace.find_dataset(request.dataset)
     folder = workspace.preprocessed_folder(dataset)
@@ -302,7 +301,7 @@ def resolve(request: TrainRequest) -> RunSetup:
     device = resolve_device(request.device)
     raw = read_raw_dataset(workspace.raw_folder(dataset))
     fingerprint = read_fingerprint(folder / FINGERPRINT)
-    _check_planned_since(raw, fingerprint, plans)
+    check_planned_since(raw, fingerprint, plans)
     split = load_or_make_split(
         folder,
         split_cases(raw),
@@ -317,7 +316,7 @@ def resolve(request: TrainRequest) -> RunSetup:
     setup = RunSetup(
         request, workspace, raw, raw.description, fingerprint, plans, split, method, settings, folds, device
     )
-    _check_needs(setup)
+    check_needs(setup)
     return setup
 
 
@@ -351,152 +350,3 @@ def _tell_changed_plans(folder: Path, plans: Plans) -> None:
             "this one beside it and says what differs",
             path,
         )
-
-
-def resolve_device(name: str) -> str:
-    """ "auto" takes CUDA, else Apple's GPU, else the CPU; a named device must exist."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (index.isdigit() or not index) and available.get(kind, 0) > int(index or 0):
-        return name
-    there = ", ".join(f"{kind} ({count})" for kind, count in available.items() if count)
-    found = f"device '{name}' does not exist here"
-    raise InvalidInput(Problem(found, f"auto or one of: {there}", "choose one of these"))
-
-
-def _check_numbers(request: TrainRequest) -> None:
-    problems = []
-    if request.steps is not None and request.hours is not None:
-        problems.append(Problem("--steps and --hours together", "one of them", "leave one out"))
-    if request.steps is not None and request.steps < 1:
-        problems.append(Problem(f"--steps {request.steps}", "at least 1", "give a positive number"))
-    if request.budget_kind == "deployment" and request.labeled is None:
-        problems.append(Problem("--deployment without a budget", "--labeled N beside it", "give the number of labels"))
-    if request.hours is not None and request.hours <= 0:
-        problems.append(Problem(f"--hours {request.hours}", "more than 0", "give a positive number"))
-    if request.num_workers is not None and not 0 <= request.num_workers <= 256:
-        problems.append(Problem(f"--num_workers {request.num_workers}", "0 to 256", "give a number in this range"))
-    if not request.folds:
-        problems.append(Problem("no fold", "fold numbers, all_folds or all", "name at least one"))
-    if "all_folds" in request.folds and len(request.folds) > 1:
-        problems.append(Problem("all_folds beside other folds", "all_folds alone", "leave the others out"))
-    if request.resume and request.overwrite:
-        problems.append(Problem("--resume and --overwrite together", "one of them", "leave one out"))
-    if request.initial_weights is not None and not request.initial_weights.exists():
-        expected = "a checkpoint, or the folder of a run"
-        problems.append(Problem("--init names no file", expected, "check the path", file=request.initial_weights))
-    if problems:
-        raise InvalidInput(problems)
-
-
-def _check_needs(setup: RunSetup) -> None:
-    needs, plan, name = setup.method.needs, setup.configuration, setup.method.name
-    problems = []
-    if plan.dims not in needs.dims:
-        dims = " or ".join(f"{d}D" for d in needs.dims)
-        problems.append(
-            Problem(
-                f"{setup.request.configuration} is {plan.dims}D", f"{dims}, which {name} needs", "choose another method"
-            )
-        )
-    if needs.softmax_only and setup.schema.has_regions:
-        problems.append(Problem("the labels are regions", f"plain labels, which {name} needs", "choose another method"))
-    if needs.modalities > plan.n_channels:
-        problems.append(
-            Problem(
-                f"the images have {plan.n_channels} channel(s)",
-                f"at least {needs.modalities}, which {name} needs",
-                "choose another method",
-            )
-        )
-    levels = len(plan.architecture.cumulative_strides) - 1
-    if needs.levels > levels:
-        problems.append(
-            Problem(
-                f"the plan's network has {levels} level(s) of deep supervision",
-                f"at least {needs.levels}, which {name} needs",
-                "choose another method, or a plan with a larger patch",
-            )
-        )
-    if setup.method.needs_initial_weights(setup.settings) and setup.request.initial_weights is None:
-        found = f"these settings of {name} begin with a trained network"
-        fix = "name a trained run with --init, or leave out the setting"
-        problems.append(Problem(found, "its weights", fix))
-    for fold, cases in setup.folds.items():
-        if not cases.labeled:
-            problems.append(
-                Problem(f"fold {fold} has no labeled training case", "at least one", "choose another fold or budget")
-            )
-    if not problems:  # the same for all folds, or of one: said once
-        refused = [setup.method.refusals(setup.job(fold, 1), setup.settings) for fold in setup.folds]
-        problems = list({str(problem): problem for of_fold in refused for problem in of_fold}.values())
-    if problems:
-        raise InvalidInput(problems)
-
-
-def _check_planned_since(raw: RawDataset, fingerprint: Fingerprint, plans: Plans) -> None:
-    """Raises where labels came after the data set was planned: nothing is known of them yet."""
-    known = fingerprint.of_pool("labeled")
-    new = [case.id for case in raw.labeled if case.id not in known]
-    if new:
-        shown = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
-        raise InvalidInput(
-            Problem(
-                f"{len(new)} labeled cases came after {raw.name} was planned: {shown}",
-                "a fingerprint that knows them",
-                f"run autossl_plan_and_preprocess -d {raw.name} --preset {plans.preset}: it adds what is new",
-            )
-        )
-
-
-def provide_cases(setup: RunSetup, on_progress: Progress | None = None) -> None:
-    """Makes sure that all cases are preprocessed with the run's plans.
-
-    Only a budget split on CT has numbers of its own and is preprocessed here; else what is missing is an error.
-
-    Raises:
-        InvalidInput: cases that autossl_plan_and_preprocess has not made.
-    """
-    folder, configuration = setup.workspace.preprocessed_folder(setup.raw.name), setup.request.configuration
-    if setup.plans.data_hash(configuration) != find_plans(folder, setup.plans.preset).data_hash(configuration):
-        logger.info("%s: CT is preprocessed with the intensities of its own labeled cases", setup.split.name)
-        wanted = (configuration,)
-        preprocess_planned(setup.raw, setup.fingerprint, setup.plans, wanted, folder, on_progress=on_progress)
-    _check_preprocessed(setup)
-
-
-def _check_preprocessed(setup: RunSetup) -> None:
-    wanted = {case: True for cases in setup.folds.values() for case in (*cases.labeled, *cases.validation)}
-    wanted = {case: False for cases in setup.folds.values() for case in cases.unlabeled} | wanted
-    missing = sorted(case for case, labeled in wanted.items() if not setup.store.has(case, labeled))
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        configuration = setup.request.configuration
-        command = f"autossl_plan_and_preprocess -d {setup.raw.name} --preset {setup.plans.preset}"
-        raise InvalidInput(
-            Problem(
-                f"{len(missing)} of {len(wanted)} cases are not preprocessed for {configuration}: {shown}",
-                f"all of them in {setup.store.folder}",
-                f"run {command} -c {configuration}",
-            )
-        )
-    _check_undamaged(setup, wanted)
-
-
-def _check_undamaged(setup: RunSetup, wanted: Mapping[str, bool]) -> None:
-    """Reads all that the folds will use and compares it with its checksums; the reading also fills the disk cache."""
-
-    def damages(case: str) -> dict[Path, str]:
-        return setup.store.damaged(case, wanted[case])
-
-    with ThreadPoolExecutor(usable_cpus()) as threads:
-        found = [item for of_case in threads.map(damages, sorted(wanted)) for item in of_case.items()]
-    command = f"autossl_plan_and_preprocess -d {setup.raw.name} --preset {setup.plans.preset}"
-    fix = f"run {command} -c {setup.request.configuration}: it makes what is damaged again"
-    if found:
-        expected = "a preprocessed file as it was written"
-        raise InvalidInput([Problem(damage, expected, fix, file=path) for path, damage in found])

@@ -29,8 +29,9 @@ from autossl.trainers.extend import extend_run, reopen_fold
 from autossl.trainers.initial_weights import initial_checkpoint, initial_record, load_initial_weights
 from autossl.trainers.loop import LoopOptions, TrainingInterrupted, TrainingLoop
 from autossl.trainers.memory_trial import fit_to_memory
+from autossl.trainers.provide import provide_cases
 from autossl.trainers.refresh import PoolPredictor, blank_pseudo_labels
-from autossl.trainers.setup import RunSetup, TrainRequest, provide_cases, resolve
+from autossl.trainers.setup import RunSetup, TrainRequest, resolve
 from autossl.trainers.source import FoldSource
 from autossl.trainers.speed import steps_for_hours, trial_run
 from autossl.trainers.validation import ValidationResult, validate_fold

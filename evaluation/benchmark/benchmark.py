@@ -18,7 +18,7 @@ from autossl.evaluation.benchmark.request import BenchmarkPlan, BenchmarkRequest
 from autossl.evaluation.benchmark.results import last_step, median_steps_per_second, read_training
 from autossl.evaluation.benchmark.tables import build_rows
 from autossl.evaluation.benchmark.verify import Verification, verify
-from autossl.trainers.setup import provide_cases
+from autossl.trainers.provide import provide_cases
 
 __all__ = ["BenchmarkOptions", "BenchmarkRequest", "BenchmarkResult", "Outlook", "run_benchmark", "what_would_run"]
 

@@ -11,9 +11,10 @@ from typing import Literal
 from autossl.data.problems import Problems, nearest
 from autossl.data.runs import RunSpec, fold_state, read_run, run_folder, spec_differences
 from autossl.data.workspace import Workspace
+from autossl.networks.device import resolve_device
 from autossl.planners.plan_and_preprocess import find_plans
 from autossl.trainers.registry import make_settings, method_class
-from autossl.trainers.setup import RunSetup, TrainRequest, resolve, resolve_device
+from autossl.trainers.setup import RunSetup, TrainRequest, resolve
 
 TWIN = "supervised"
 ABLATION = "ablation"

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from autossl.data.problems import InvalidInput
 from autossl.trainers.base import Batch, MethodSettings, Progress, StepOutput
+from autossl.trainers.checks import check_needs
 from autossl.trainers.methods import urpc
 from autossl.trainers.methods.supervised import Supervised
 from autossl.trainers.methods.urpc import PyramidConsistency, PyramidConsistencySettings, pyramid_consistency
-from autossl.trainers.setup import _check_needs
 from toys import toy_architecture, toy_batch, toy_configuration, toy_job, toy_schema
 
 
@@ -261,7 +261,7 @@ def test_too_few_levels_are_refused() -> None:
         settings=PyramidConsistency.Settings(),
     )
     with pytest.raises(InvalidInput, match="at least 3, which urpc needs"):
-        _check_needs(setup)
+        check_needs(setup)
 
 
 def test_zero_weight_and_no_unlabeled_case_are_the_twin_bit_for_bit() -> None:
