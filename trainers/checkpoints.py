@@ -129,6 +129,7 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
             continue
         for problem in problems:
             logger.warning("%s: %s; going on from %s", problem.file, problem.found, name)
+        if problems:
             (folder / CHECKPOINT_LATEST).replace(folder / f"{DAMAGED}{CHECKPOINT_LATEST}")
         return state
     if problems:

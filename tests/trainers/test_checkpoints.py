@@ -51,7 +51,7 @@ def test_the_last_two_stay_until_the_fold_is_finished(tmp_path: Path) -> None:
     assert names(tmp_path) == {"checkpoint_final.pth"}
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "zeroed", "gone"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "zeroed", "directory", "gone"])
 def test_a_run_goes_on_from_the_one_before_where_the_latest_is_damaged(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +65,10 @@ def test_a_run_goes_on_from_the_one_before_where_the_latest_is_damaged(
         latest.write_bytes(content[: len(content) // 2])
     elif damage == "zeroed":
         latest.write_bytes(bytes(len(content)))
+    elif damage == "directory":  # one bit of the size of an entry: several faults at once
+        damaged = bytearray(content)
+        damaged[content.index(b"PK\1\2") + 22] ^= 64
+        latest.write_bytes(damaged)
     else:  # a kill between the two renames
         latest.unlink()
     assert step_of(tmp_path) == 1
