@@ -58,8 +58,9 @@ def write_fault_log(
     )
     name = f"{command}_{time.strftime('%Y%m%d-%H%M%S')}"
     places = [workspace / FOLDER] if workspace is not None and workspace.is_dir() else []
-    for folder in (*places, Path(tempfile.gettempdir())):
+    for place in (*places, None):
         try:
+            folder = place or Path(tempfile.gettempdir())  # which raises where all of them are full
             folder.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(
                 "w", encoding="utf-8", dir=folder, prefix=f"{name}_", suffix=".log", delete=False

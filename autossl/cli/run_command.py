@@ -138,7 +138,7 @@ def _reason(error: BaseException) -> tuple[int, str]:
             return FAILED, _disk_full(cause.filename)
         if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno in NOT_PERMITTED):
             return INVALID, _not_permitted(cause)
-        if type(cause).__name__ in ("MemoryError", "OutOfMemoryError") and not isinstance(error, WorkerError):
+        if _is_out_of_memory(cause) and not isinstance(error, WorkerError):
             return FAILED, f"memory ran out ({cause}). What to do: use fewer workers (-np) or a smaller preset."
     if isinstance(error, WorkerError):
         if any(f"[Errno {number}]" in error.details for number in DISK_FULL):
@@ -160,6 +160,11 @@ def _explain_training(error: BaseException) -> tuple[int, str]:
         return FAILED, str(error)
     said = f" ({error})" if str(error) else ""
     return FAILED, f"internal error: {name}{said}. This is a defect of autossl. What to do: report it with the log."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also torch's errors: of CUDA by name, because importing takes long, and of the CPU, which have no type."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "Cannot allocate memory" in str(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -68,6 +68,8 @@ def noted(error: Exception, doing: str) -> Exception:
         (WorkerError("case_7", "its worker process was killed by SIGTERM"), 3, "case_7: its worker process was killed"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "the system refuses access to /x"),
         (MemoryError("32 GiB"), 1, "memory ran out (32 GiB)"),
+        (RuntimeError("DefaultCPUAllocator: error 12 (Cannot allocate memory)"), 1, "a smaller preset."),  # torch's
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "memory ran out"),  # of a fork
         (WorkerError("case_7", "PermissionError: [Errno 13] Permission denied: '/x'"), 2, "Permission denied: '/x'"),
         (LoadingError("a loading worker died"), 1, "a loading worker died"),
         (KeyboardInterrupt(), 3, "interrupted"),
@@ -107,6 +109,21 @@ def test_the_log_of_a_failure_holds_what_was_asked_done_and_raised(
     (workspace / "logs").write_text("")  # as a place that cannot be written to
     run_that_raises(ZeroDivisionError(), "--workspace", str(workspace))
     assert len(list(folder_of_logs.iterdir())) == 1
+
+
+def test_a_log_that_no_place_takes_is_said_to_be_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)  # looked for anew, and not found: every drive is full
+    monkeypatch.setattr("tempfile._get_default_tempdir", _no_place)
+    assert run_that_raises(OSError(errno.ENOSPC, "No space left on device")) == 1
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert "could not be written" in said
+
+
+def _no_place(*arguments: object) -> str:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
