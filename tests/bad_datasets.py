@@ -155,6 +155,12 @@ def _bomb(content: bytes) -> bytes:
     return content + gzip.compress(bytes(65 << 20), 1)
 
 
+def _linked_to_itself(folder: Path) -> None:
+    path = image_of(folder, "b")
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def _linked(name: str) -> Put:
     """A file or folder is moved out of the data set, and a link to it left behind."""
 
@@ -294,6 +300,7 @@ FAULTS: dict[str, Fault] = {
     "link to a label": Fault(_linked("labelsTr/b.nii.gz"), "symbolic link that leads out", "b.nii.gz"),
     "link to a folder": Fault(_linked("imagesUn"), "symbolic link that leads out", "imagesUn"),
     "link to a description": Fault(_linked("dataset.json"), "symbolic link that leads out", "dataset.json"),
+    "link to itself": Fault(_linked_to_itself, "the file does not exist", "b_0000"),
     "JSON of 2 GB": Fault(_huge_file("dataset.json"), "more than 64 MiB of text", "dataset.json"),
     "table of 2 GB": Fault(
         _huge_file("cases.csv"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
@@ -207,16 +208,21 @@ def links_out(folder: Path, names: Iterable[str]) -> list[Problem]:
         folder: of the data set.
         names: of its files and folders; of a folder its own entries are looked at too.
     """
-    root = folder.resolve()
+    root = _target(folder)
     problems = []
     for path in (folder / name for name in names):
-        entries = sorted(path.iterdir()) if path.is_dir() and path.resolve().is_relative_to(root) else []
+        entries = sorted(path.iterdir()) if path.is_dir() and _target(path).is_relative_to(root) else []
         for entry in (path, *entries):
-            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
-                found = f"a symbolic link that leads out of the data set, to {entry.resolve()}"
+            if entry.is_symlink() and not _target(entry).is_relative_to(root):
+                found = f"a symbolic link that leads out of the data set, to {_target(entry)}"
                 fix = "put the file itself there (a hard link will do)"
                 problems.append(Problem(found, f"files and folders below {folder.name}", fix, file=entry))
     return problems
+
+
+def _target(path: Path) -> Path:
+    """Where a path leads; links in a circle end where it closes (`Path.resolve` raises for them)."""
+    return Path(os.path.realpath(path))
 
 
 def _without_channel_numbers(stems: list[str], labeled_ids: Collection[str]) -> bool:
