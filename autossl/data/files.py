@@ -116,11 +116,12 @@ def remove_folder(folder: Path) -> None:
     crash_point()
 
 
-def remove_remnants(folder: Path) -> None:
-    """Removes what killed processes left unfinished in a folder and below: only for whoever alone writes there."""
-    for path in sorted(Path(folder).rglob(f"{REMOVING}*")):
+def remove_remnants(folder: Path, below: bool = True) -> None:
+    """Removes what killed processes left unfinished in a folder, and below: only for whoever alone writes there."""
+    found = Path(folder).rglob if below else Path(folder).glob
+    for path in sorted(found(f"{REMOVING}*")):
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(Path(folder).rglob(f"{PARTIAL}*")):
+    for path in sorted(found(f"{PARTIAL}*")):
         path.unlink(missing_ok=True)
 
 

@@ -22,6 +22,7 @@ from autossl.data.files import read_json, remove_remnants, write_json
 from autossl.data.geometry import Geometry
 from autossl.data.locks import hold
 from autossl.data.prepared import PreparedCase
+from autossl.data.probabilities import PROBABILITIES_FOLDER
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter, choose_run
 from autossl.data.workspace import Workspace
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 RECORD_FILE = "prediction.json"
 LARGE_CASE_BYTES = 1 << 29
 """From here on cases are read, predicted and written one after the other, so that memory holds one at a time."""
+OTHER_WAIT_S = 1.0
+"""Our other parts may look at the same moment."""
 
 Files = tuple[Path, ...]
 
@@ -154,14 +157,16 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     outputs = OutputFolder(request.output, model.first.description.file_ending, wanted, model.n_voters)
     asked = _asked_backend(request, device)
     record = _record(request, chosen_model, channels) | {"backend": asked}
-    with hold(_lock(request), f"predictions into {request.output}"):
+    with _held(request):
         skipped = _check_outputs(request, outputs, chosen, record)
         if request.num_parts == 1:  # of several, another may be writing
-            remove_remnants(request.output)
+            for folder in (Path(request.output), Path(request.output) / PROBABILITIES_FOLDER):
+                remove_remnants(folder, below=False)  # other folders in it may be another command's
         loaded = model.load(device, request.mirroring, request.step_size, channels, asked)
         computed_by = _say_who_computes(record, loaded.backend, device)
         todo = {case: files for case, files in chosen.items() if case not in skipped}
-        job = _Job(loaded, outputs, wanted, record, chosen_model.rules)
+        replaced = tuple(todo) if request.overwrite else ()
+        job = _Job(loaded, outputs, wanted, record, chosen_model.rules, replaced)
         members = tuple((member.folder, member.folds) for member in model.members)
         named = " and ".join(f"{folder}, fold {', '.join(folds)}" for folder, folds in members)
         logger.info("%d cases with %s, by %s", len(todo), named, computed_by)
@@ -172,9 +177,17 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     return PredictResult(members, chosen_model.plan, request.output, tuple(predicted), tuple(skipped), computed_by)
 
 
-def _lock(request: PredictRequest) -> Path:
-    """One process at a time predicts a part; the parts may be predicted side by side."""
-    return Path(request.output) / f".prediction-{request.part_id}-of-{request.num_parts}.lock"
+@contextmanager
+def _held(request: PredictRequest) -> Iterator[None]:
+    """One process at a time predicts a part; the parts may be predicted side by side, other shares not beside them."""
+    folder, work = Path(request.output), f"predictions into {request.output}"
+    ours = f"-of-{request.num_parts}.lock"
+    with hold(folder / f".prediction-{request.part_id}{ours}", work):
+        for path in sorted(folder.glob(".prediction-*-of-*.lock")):
+            if not path.name.endswith(ours):
+                with hold(path, work, OTHER_WAIT_S):  # nobody's now; one that starts later sees ours
+                    pass
+        yield
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,8 @@ class _Job:
     wanted: Wanted
     record: Mapping[str, Any]
     rules: tuple[Rule, ...] = ()
+    replaced: tuple[str, ...] = ()
+    """Cases of `overwrite`."""
 
     def read(self, case: str, files: Files) -> tuple[PreparedCase, ...]:
         """Reads and preprocesses a case."""
@@ -209,9 +224,11 @@ class _Job:
             self.outputs.write(case, restored, geometry)
 
     def open_folder(self) -> None:
-        """Makes the output folder and says in it what predicts."""
+        """Makes the output folder and says in it what predicts; by then no result of anything else may be there."""
         folder, first = self.outputs.folder, self.loaded.model.first
         folder.mkdir(parents=True, exist_ok=True)
+        for case in self.replaced:
+            self.outputs.label_map(case).unlink(missing_ok=True)
         write_json(folder / DESCRIPTION_FILE, first.description.to_json())
         write_plans(folder / PLANS_FILE, first.plans)
         write_json(folder / RECORD_FILE, dict(self.record))

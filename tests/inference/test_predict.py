@@ -182,6 +182,47 @@ def test_resume_predicts_only_what_is_missing(request_of: Callable[..., PredictR
     assert predict(replace(request, overwrite=True, mirroring=False)).predicted == ("a", "b")
 
 
+def test_a_killed_overwrite_leaves_no_result_of_the_model_before(
+    request_of: Callable[..., PredictRequest], tmp_path: Path
+) -> None:
+    request = request_of()
+    predict(request)
+    other = replace(request, model=write_tiny_run(tmp_path / "other", {"0": 1}))
+
+    def stop(progress: PredictProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(replace(other, overwrite=True), stop)
+    assert predict(replace(other, resume=True)).predicted == ("a", "b")
+    assert np.all(read_label(request.output / "b.nii.gz", "native")[0] == 1)
+
+
+def test_a_part_is_not_predicted_beside_another_share_of_the_cases(
+    request_of: Callable[..., PredictRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autossl.inference.predict.OTHER_WAIT_S", 0.0)
+    request = request_of(num_parts=2)
+    unfinished = request.output / "probabilities" / ".partial-1-b.b2nd"
+    others = request.output / "of_another_command" / ".partial-1-b.nii.gz"
+    for path in (unfinished, others):
+        path.parent.mkdir(parents=True)
+        path.touch()
+
+    def meanwhile(progress: PredictProgress) -> None:
+        if progress.share == 0:
+            with pytest.raises(InvalidInput, match=f"process {os.getpid()} .* works on predictions into"):
+                predict(replace(request, num_parts=1, resume=True))
+            assert unfinished.exists()
+
+    assert predict(request, meanwhile).predicted == ("a",)
+    (request.output / ".prediction-1-of-2.lock").touch()  # of a killed part
+    assert predict(replace(request, num_parts=1, resume=True)).predicted == ("b",)
+    assert not unfinished.exists()
+    assert others.exists()
+    assert not list(request.output.glob("*.lock"))
+
+
 def test_parts_share_the_cases_out(request_of: Callable[..., PredictRequest], tmp_path: Path) -> None:
     write_tiny_images(tmp_path / "images", list("abcde"))
     request = request_of(num_parts=2)
@@ -315,15 +356,15 @@ def test_the_fold_all_is_used_only_where_it_is_alone_or_named(request_of: Callab
 
 
 def test_two_processes_do_not_predict_into_one_folder(request_of: Callable[..., PredictRequest]) -> None:
-    request = request_of()
+    request = request_of(num_parts=2)
 
     def meet(at: PredictProgress) -> None:
         with pytest.raises(InvalidInput, match=rf"process {os.getpid()} .* works on predictions into .*out"):
             predict(replace(request, resume=True))
         if at.case == "a" and at.share == 0:
-            assert predict(replace(request, num_parts=3, part_id=2)).predicted == ()  # another part
+            assert predict(replace(request, part_id=1)).predicted == ("b",)
 
-    assert predict(request, meet).predicted == ("a", "b")
+    assert predict(request, meet).predicted == ("a",)
 
 
 def test_a_fold_in_training_is_named_with_who_trains_it(
