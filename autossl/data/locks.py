@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""The last two: a file lies where a folder should be."""
 MAX_RECORD_BYTES = 4096
 FOLDER = ".locks"
 

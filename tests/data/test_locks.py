@@ -206,6 +206,12 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch
     assert "--workspace" in said
 
 
+@pytest.mark.parametrize("name", ["file/lock", "file/folder/lock"])
+def test_a_place_that_cannot_hold_a_folder_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "the lock cannot be made" in problem_of(tmp_path / name)
+
+
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("data")
