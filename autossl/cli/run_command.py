@@ -68,6 +68,8 @@ def run_command(
         return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, Exception) as error:
         code, message = _explain(error)
+        if code == INTERRUPTED and "resume" in arguments and "--resume" not in message:
+            message += " It goes on with --resume."
         if arguments.verbose:
             _say(traceback_text(error).rstrip())
         _say(f"{parser.prog}: {message}")

@@ -111,6 +111,18 @@ def test_the_log_of_a_failure_holds_what_was_asked_done_and_raised(
     assert len(list(folder_of_logs.iterdir())) == 1
 
 
+def test_a_command_that_wants_resume_to_go_on_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(arguments: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    parser = new_parser("autossl_predict")
+    parser.add_argument("--resume", action="store_true")
+    assert run_command(parser, interrupt, []) == 3
+    assert capsys.readouterr().err.endswith("It goes on with --resume.\n")
+    assert run_that_raises(KeyboardInterrupt()) == 3
+    assert "--resume" not in capsys.readouterr().err
+
+
 def test_a_log_that_no_place_takes_is_said_to_be_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
