@@ -19,6 +19,7 @@ from autossl.data.runs import (
 )
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.trainers.base import SemiSupervisedTrainer
+from autossl.trainers.checkpoints import remove_earlier
 from autossl.trainers.optimization import default_groups
 from autossl.trainers.phases import Timetable
 
@@ -91,14 +92,16 @@ def what_changes(method: SemiSupervisedTrainer, before: int, after: int) -> str:
     )
 
 
-def reopen_fold(folder: Path, total_steps: int) -> bool:
-    """Makes a finished fold that is shorter than its run one that goes on. False where it has its whole length.
+def reopen_fold(folder: Path, total_steps: int) -> None:
+    """Makes a finished fold that is shorter than its run one that goes on.
 
     What was predicted with its weights is removed first.
     """
+    if fold_state(folder) != "finished":
+        return
     if int(read_checkpoint(folder / CHECKPOINT_FINAL)["progress"]["total"]) >= total_steps:
-        return False
+        return
+    remove_earlier(folder)
     for path in folder.glob("validation*"):
         remove_folder(path)
     (folder / CHECKPOINT_FINAL).replace(folder / CHECKPOINT_LATEST)
-    return True

@@ -117,6 +117,8 @@ def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
         setup = replace(setup.with_cases_of(spec), compile=CompileChoice.from_json(spec.compile))
         write_plans(folder / "plans.json", setup.plans)
         write_json(folder / "dataset.json", setup.description.to_json())
+        for fold in setup.folds if spec.extended_at else ():  # all at once: nobody may take folds of two lengths
+            reopen_fold(folder / f"fold_{fold}", spec.total_steps)
     results = []
     for fold in setup.folds:
         if hooks.on_start is not None:
@@ -142,7 +144,6 @@ def _train_fold(setup: RunSetup, fold: str, spec: RunSpec, folder: Path, hooks: 
     finished = fold_state(folder) == "finished"
     if finished:
         remove_earlier(folder)
-        finished = not (spec.extended_at and reopen_fold(folder, spec.total_steps))
     job = setup.job(fold, spec.total_steps)
     method = setup.method(job, setup.settings)
     if not job.has_unlabeled and setup.method.name != "supervised":

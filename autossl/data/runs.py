@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autossl.data.draws import normal_budget
-from autossl.data.files import REMOVING, content_hash, read_json, remove_folder, write_json
+from autossl.data.files import REMOVING, content_hash, read_json, remove_folder, remove_remnants, write_json
 from autossl.data.locks import lock_beside
 from autossl.data.problems import InvalidInput, Problem, nearest
 from autossl.data.splits import Fold
@@ -196,10 +196,12 @@ def open_run(folder: Path, spec: RunSpec, resume: bool = False, overwrite: bool 
 
     Raises:
         InvalidInput: where the folder holds a run with another specification (naming each field), a fold is unfinished
-            and neither `resume` nor `overwrite` was asked for, or run.json is damaged.
+            and neither `resume` nor `overwrite` was asked for, an extended run would get another fold, or run.json is
+            damaged.
     """
     for remnant in folder.parent.glob(f"{REMOVING}*-{folder.name}"):
         shutil.rmtree(remnant, ignore_errors=True)
+    remove_remnants(folder, below=False)  # folds are those of who trains them
     stored = _stored_spec(folder, overwrite)
     if stored is None:
         if overwrite:
@@ -221,6 +223,16 @@ def open_run(folder: Path, spec: RunSpec, resume: bool = False, overwrite: bool 
                 f"fold {', '.join(stuck)} of this run was started and not finished",
                 "a fold that is absent or finished",
                 "continue with --resume, or start again with --overwrite",
+                file=folder,
+            )
+        )
+    new = [key for key, state in states.items() if state == "absent"]
+    if stored.extended_at and new:
+        raise InvalidInput(
+            Problem(
+                f"fold {', '.join(new)} was not trained when this run was extended",
+                "the folds that were extended: those of a run are trained alike",
+                "train all folds anew with --tag NAME, or with --overwrite",
                 file=folder,
             )
         )

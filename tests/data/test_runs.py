@@ -83,6 +83,16 @@ def test_a_new_run_and_one_more_fold(workspace: Workspace) -> None:
     assert read_run(folder) == merged
 
 
+def test_what_a_killed_start_left_unfinished_is_removed(workspace: Workspace) -> None:
+    folder = start(workspace, spec())
+    (folder / ".removing-1-fold_1").mkdir()  # of --overwrite
+    (folder / ".partial-1-run.json").touch()
+    (folder / "fold_0" / ".partial-1-checkpoint_latest.pth").touch()  # of who trains it
+    open_run(folder, spec())
+    assert sorted(path.name for path in folder.iterdir()) == ["fold_0", "run.json"]
+    assert (folder / "fold_0" / ".partial-1-checkpoint_latest.pth").exists()
+
+
 def test_another_specification_names_every_field(workspace: Workspace) -> None:
     folder = start(workspace, spec())
     asked = spec(total_steps=200, settings={"weight": 0.3, "decay": 0.99}, folds={"0": Fold(labeled=("a",))})

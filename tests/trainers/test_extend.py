@@ -16,7 +16,7 @@ import torch
 import autossl.trainers.train as behind
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
-from autossl.data.runs import RunFilter, find_runs
+from autossl.data.runs import FoundRun, RunFilter, find_runs, read_run
 from autossl.data.workspace import Workspace
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
@@ -99,6 +99,23 @@ def test_an_extension_that_is_stopped_goes_on(workspace: Workspace) -> None:
         folder = train(request(place, steps=7, resume=True)).folds[0].folder
         states.append(read_checkpoint(folder / "checkpoint_final.pth")["networks"]["network"])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_all_folds_of_an_extended_run_are_open_at_once(workspace: Workspace) -> None:
+    train(request(workspace, folds=("0", "1")))
+    run = run_of(workspace)
+
+    def kill(fold: str, done: int, total: int, losses: dict[str, float]) -> None:
+        states.update(FoundRun(run, read_run(run)).states)
+        raise KeyboardInterrupt
+
+    states: dict[str, str] = {}
+    with pytest.raises(KeyboardInterrupt):
+        train(request(workspace, folds=("0", "1"), steps=6, resume=True), TrainHooks(on_step=kill))
+    assert states == {"0": "unfinished", "1": "unfinished"}  # fold 1 still has the weights of four steps
+    with pytest.raises(InvalidInput, match="fold 2 was not trained when this run was extended"):
+        train(request(workspace, folds=("2",), steps=6, resume=True))
+    assert not (run / "fold_2").exists()
 
 
 def test_fewer_steps_no_resume_or_other_folds_extend_nothing(workspace: Workspace) -> None:
