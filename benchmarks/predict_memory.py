@@ -25,12 +25,9 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from versus.random_model import plans_3d, write_random_run
 
-from autossl.data.runs import RunSpec
-from autossl.inference.checkpoint import FORMAT
-from autossl.networks.build import build_network
-from autossl.networks.prediction import Member, PredictionSpec
-from autossl.planners.plans import NETWORK_CLASSES, Plans, write_plans
+from autossl.planners.plans import Plans
 from autossl.version import __version__
 
 DATASET = "Dataset900_Large"
@@ -45,95 +42,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def nano_plans(spacing: float) -> Plans:
-    """A nano 3D plan: patch 48 cubed, features 8 to 128."""
-    architecture = {
-        "network_class_name": NETWORK_CLASSES["plain"],
-        "arch_kwargs": {
-            "n_stages": 5,
-            "features_per_stage": [8, 16, 32, 64, 128],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3]] * 5,
-            "strides": [[1, 1, 1]] + [[2, 2, 2]] * 4,
-            "n_conv_per_stage": [2] * 5,
-            "n_conv_per_stage_decoder": [2] * 4,
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-    }
-    configuration = {
-        "data_identifier": "large",
-        "batch_size": 2,
-        "patch_size": [48] * 3,
-        "median_image_size_in_voxels": [400, 512, 512],
-        "spacing": [spacing] * 3,
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "architecture": architecture,
-        "batch_dice": False,
-        "mirror_axes": [0, 1, 2],
-        "labeled_batch_size": 2,
-        "unlabeled_batch_size": 2,
-    }
-    names = ("mean", "std", "min", "max", "median", "percentile_00_5", "percentile_99_5")
-    decisions = {"total_steps": 1, "warm_up_fraction": 0, "ramp_end_fraction": 0, "ema_decay_max": 0}
-    return Plans.model_validate(
-        {
-            "dataset_name": DATASET,
-            "plans_name": "plans_nano",
-            "preset": "nano",
-            "orientation": "RAS",
-            "image_reader_writer": "NibabelIOWithReorient",
-            "original_median_spacing_after_transp": [1, 1, 1],
-            "original_median_shape_after_transp": [400, 512, 512],
-            "transpose_forward": [0, 1, 2],
-            "transpose_backward": [0, 1, 2],
-            "configurations": {"3d_fullres": configuration},
-            "experiment_planner_used": "nano",
-            "foreground_intensity_properties_per_channel": {"0": dict.fromkeys(names, 1.0)},
-            "semi_supervised": decisions
-            | {
-                "single_component_classes": [],
-                "elliptic_classes": [],
-                "recommended_configuration": "3d_fullres",
-                "recommended_method": "supervised",
-            },
-            "why": {},
-        }
-    )
-
-
-def write_run(folder: Path, plans: Plans, n_classes: int) -> None:
-    """A run of one fold with random weights."""
-    plan = plans.configurations["3d_fullres"]
-    folder.mkdir()
-    labels = {"background": 0} | {f"class_{value}": value for value in range(1, n_classes)}
-    description = {"channel_names": {"0": "MRI"}, "labels": labels, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(description))
-    write_plans(folder / "plans.json", plans)
-    run = RunSpec(
-        dataset=DATASET,
-        split="default",
-        configuration="3d_fullres",
-        preset="nano",
-        method="supervised",
-        seed=0,
-        plans_hash=plans.hash(),
-        total_steps=1,
-    )
-    (folder / "run.json").write_text(json.dumps(run.model_dump(mode="json")))
-    spec = PredictionSpec(members=(Member(name="student", architecture=plan.architecture),))
-    network = build_network(plan.architecture, 1, n_classes, seed=0)
-    (folder / "fold_0").mkdir()
-    content = {"format": FORMAT, "networks": {"student": network.state_dict()}, "prediction": spec.to_json()}
-    torch.save(content, folder / "fold_0" / "checkpoint_final.pth")
-
-
 def write_volume(folder: Path, shape: tuple[int, ...]) -> None:
     """One case of 16-bit noise."""
     folder.mkdir()
@@ -144,7 +52,8 @@ def write_volume(folder: Path, shape: tuple[int, ...]) -> None:
 def measure(images: Path, root: Path, plans: Plans, n_classes: int, step_size: float) -> dict[str, Any]:
     """Peak resident memory and wall time of predicting the volume."""
     model = root / f"model_{n_classes}"
-    write_run(model, plans, n_classes)
+    labels = {"background": 0} | {f"class_{value}": value for value in range(1, n_classes)}
+    write_random_run(model, plans, labels)
     command = [sys.executable, "-c", PEAK_CODE, str(images), str(root / f"out_{n_classes}"), str(model), str(step_size)]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
@@ -167,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         write_volume(root / "images", tuple(arguments.shape))
-        plans = nano_plans(arguments.spacing)
+        plans = plans_3d(DATASET, [48] * 3, (8, 16, 32, 64, 128), [arguments.spacing] * 3, batch_size=2)
         runs = [measure(root / "images", root, plans, n, arguments.step_size) for n in arguments.classes]
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     peaks = [run["peak_gb"] for run in runs]

@@ -116,6 +116,26 @@ def remove_folder(folder: Path) -> None:
     crash_point()
 
 
+def replace_folder(staged: Path, target: Path, aside: Path) -> None:
+    """Puts a finished folder in its place; what it replaces goes aside before, and comes back where that fails.
+
+    Args:
+        staged: On the same drive.
+        target: May be there.
+        aside: Where nothing is; removed by whoever removes what is staged.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replaced = target.exists()
+    if replaced:
+        target.rename(aside)
+    try:
+        staged.rename(target)
+    except OSError:
+        if replaced:
+            aside.rename(target)
+        raise
+
+
 def remove_remnants(folder: Path, below: bool = True) -> None:
     """Removes what killed processes left unfinished in a folder, and below: only for whoever alone writes there."""
     found = Path(folder).rglob if below else Path(folder).glob

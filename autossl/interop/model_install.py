@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 
 from autossl.data.archive_files import REFUSE, ArchiveFile, check_stored_only, open_archive, read_text, unpack
-from autossl.data.files import read_json, write_json
+from autossl.data.files import read_json, replace_folder, write_json
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import CHECKPOINT_FINAL, RUN_FILE, read_run
 from autossl.data.workspace import DATASET_NAME, Workspace
@@ -96,7 +96,7 @@ def install_model(request: InstallRequest, on_file: OnFile | None = None) -> Ins
             with _as_the_archives(archive, staged):
                 _unpack_all(content, manifest, staged, on_file)
                 plan = _check_model(staging, staged, manifest, name)
-            move_into_place(staged, target, staging / "replaced")
+            replace_folder(staged, target, staging / "replaced")
     return _result(target, plan)
 
 
@@ -253,16 +253,3 @@ def _check_model(staging: Path, staged: Path, manifest: Manifest, name: str) -> 
             check_weights(trained.checkpoint(fold), trained.plan, trained.schema.n_outputs)
     check_rules(plan.postprocessing, model.first.schema)
     return plan
-
-
-def move_into_place(staged: Path, target: Path, aside: Path) -> None:
-    """One rename; an installed model that is replaced goes aside before, and comes back where that fails."""
-    replaced = target.exists()
-    if replaced:
-        target.rename(aside)
-    try:
-        staged.rename(target)
-    except OSError:
-        if replaced:
-            aside.rename(target)
-        raise

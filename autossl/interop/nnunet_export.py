@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from autossl.data.files import write_json
+from autossl.data.files import replace_folder, write_json
 from autossl.data.image_io import ITK_ENDINGS, NIFTI_ENDINGS, PICTURE_ENDINGS
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.provenance import Written
@@ -124,7 +124,7 @@ def export_nnunet(request: NnunetExportRequest, on_fold: OnFold | None = None) -
             inside = f"{model.run.dataset}/{folder.name}"
             files = {f"{inside}/{p.relative_to(staged).as_posix()}": p for p in _files(staged)}
             write_zip(archive, files)
-        _put_into_place(staged, folder)
+        replace_folder(staged, folder, staged.with_name("former"))
     return NnunetExportResult(
         folder=folder,
         archive=archive,
@@ -293,11 +293,3 @@ def _notes(model: TrainedModel, networks: dict[str, SingleNetwork]) -> list[str]
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _put_into_place(staged: Path, folder: Path) -> None:
-    """By renaming; what an earlier export wrote goes where the unfinished files are removed from."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        folder.rename(staged.with_name("former"))
-    staged.rename(folder)

@@ -15,14 +15,14 @@ from pathlib import Path
 from torch import Tensor
 
 from autossl.data.description import read_description
-from autossl.data.files import content_hash, file_hash, read_json, write_json
+from autossl.data.files import content_hash, file_hash, read_json, replace_folder, write_json
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import CHECKPOINT_FINAL, RUN_FILE, RunSpec, read_run, run_folder
 from autossl.data.workspace import DATASET_NAME, Workspace
 from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE, TrainedModel, read_model
 from autossl.interop.deployed import check_weights, shared_description
 from autossl.interop.foreign_checkpoint import read_foreign_checkpoint
-from autossl.interop.model_install import move_into_place, staging_folder
+from autossl.interop.model_install import staging_folder
 from autossl.interop.nnunet_plans import imported_plans
 from autossl.interop.nnunet_source import CHECKPOINT, LocalModel, open_model
 from autossl.interop.nnunet_splits import folds_of_splits
@@ -123,7 +123,7 @@ def import_nnunet(request: ImportRequest, on_fold: OnFold | None = None) -> Impo
                 return _result(target, already=True)
             _write(staged, local, plans, spec, trained, on_fold)
             _check(staged)
-        move_into_place(staged, target, staging / "replaced")
+        replace_folder(staged, target, staging / "replaced")
     return _result(target)
 
 

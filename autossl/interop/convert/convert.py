@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from autossl.data.description import DatasetDescription
-from autossl.data.files import write_json
+from autossl.data.files import replace_folder, write_json
 from autossl.data.parallel import parallel_map
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.raw_dataset import Pool, RawDataset, read_raw_dataset
@@ -158,7 +158,7 @@ def _write(
         read_raw_dataset(staged)
         # before the rename: a dataset that is there without its splits would be given other ones
         paths = write_splits(workspace.preprocessed_folder(name), *splits) if splits[0] else []
-        _into_place(staged, target)
+        replace_folder(staged, target, staged.parent / "replaced")
     return Converted(target, read_raw_dataset(target), tuple(paths))
 
 
@@ -218,17 +218,3 @@ def _staging(target: Path) -> Iterator[Path]:
         yield staged
     finally:
         shutil.rmtree(holder, ignore_errors=True)
-
-
-def _into_place(staged: Path, target: Path) -> None:
-    """One rename; a dataset that is replaced goes aside before, and comes back where that fails."""
-    aside = staged.parent / "replaced"
-    replaced = target.exists()
-    if replaced:
-        target.rename(aside)
-    try:
-        staged.rename(target)
-    except OSError:
-        if replaced:
-            aside.rename(target)
-        raise
