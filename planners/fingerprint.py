@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from autossl.data.files import read_json, write_json
+from autossl.data.files import PARTIAL, read_json, write_json
 from autossl.data.hashes import DuplicatePair, HashedCase, find_duplicates
 from autossl.data.integrity import Findings, check_label_numbers, grouped
 from autossl.data.parallel import parallel_map
@@ -313,7 +313,10 @@ def _staging(folder: Path | None) -> Iterator[Path | None]:
         yield None
         return
     existing = next(parent for parent in Path(folder).absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".partial-scan-", dir=existing) as staging:
+    prefix = f"{PARTIAL}scan-{Path(folder).name}-"
+    for left in existing.glob(f"{prefix}*"):  # by a killed scan of this data set, which one process at a time scans
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=existing) as staging:
         yield Path(staging)
 
 

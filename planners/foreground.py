@@ -15,7 +15,9 @@ import blosc2
 import numpy as np
 import numpy.typing as npt
 
+from autossl.data.checksums import CHECKSUM, array_checksum
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.store import array_damage, open_array
 from autossl.planners.plans import IntensityProperties
 
 DRAWS_IN_ALL = 100_000_000
@@ -130,11 +132,12 @@ def foreground_path(folder: Path, case: str) -> Path:
 
 
 def store_foreground(path: Path, foreground: Floats) -> None:
-    """Writes foreground intensities [C, voxels], compressed, in the smallest type that holds them exactly."""
+    """Writes foreground intensities [C, voxels] with a checksum, compressed, in the smallest type that holds them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     compact = np.ascontiguousarray(_smallest_type(foreground))
     parameters = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1)
-    blosc2.asarray(compact, urlpath=str(path), mode="w", cparams=parameters)
+    stored = blosc2.asarray(compact, urlpath=str(path), mode="w", cparams=parameters)
+    stored.schunk.vlmeta[CHECKSUM] = array_checksum(stored)
 
 
 def load_foreground(path: Path) -> Floats:
@@ -144,16 +147,19 @@ def load_foreground(path: Path) -> Floats:
         InvalidInput: where the file is missing or damaged.
     """
     try:
-        return np.asarray(blosc2.open(str(path), mode="r")[:], dtype=np.float32)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InvalidInput(
-            Problem(
-                f"no readable foreground intensities ({error})",
-                "the file that the scan of the data set writes",
-                "run autossl_plan_and_preprocess with --verify_dataset_integrity, which scans every case again",
-                file=path,
-            )
-        ) from error
+        damage = array_damage(path)
+        if damage is None:
+            return np.asarray(open_array(path)[:], dtype=np.float32)
+    except (OSError, RuntimeError, ValueError) as error:  # of a version that wrote no checksums
+        damage = str(error)
+    raise InvalidInput(
+        Problem(
+            f"no readable foreground intensities ({damage})",
+            "the file that the scan of the data set writes",
+            "run autossl_plan_and_preprocess with --verify_dataset_integrity, which scans every case again",
+            file=path,
+        )
+    )
 
 
 def foreground_intensities(folder: Path, case_ids: Sequence[str]) -> dict[str, IntensityProperties]:

@@ -115,6 +115,17 @@ def test_pools_are_kept_apart_and_only_labeled_cases_are_pooled(root: Path) -> N
     assert found.duplicates == ()
 
 
+def test_what_a_killed_scan_left_is_removed(root: Path, tmp_path: Path) -> None:
+    left, other = (
+        tmp_path / "preprocessed" / f".partial-scan-{name}-x" for name in (root.name, "Dataset002_Elsewhere")
+    )
+    for folder in (left, other):
+        (folder / "foreground").mkdir(parents=True)
+    _scan(root)
+    assert not left.exists()
+    assert other.exists()
+
+
 def test_workers_give_the_same_fingerprint_as_this_process(root: Path) -> None:
     assert _scan(root, n_workers=2) == _scan(root)
 

@@ -123,6 +123,11 @@ def test_statistics_of_some_cases_are_those_of_a_dataset_of_just_these(
 def test_intensities_that_were_not_kept_or_are_damaged_say_what_to_run(tmp_path: Path) -> None:
     foreground_path(tmp_path, "b").parent.mkdir()
     foreground_path(tmp_path, "b").write_bytes(b"damaged")
-    for case in "ab":
+    flipped = foreground_path(tmp_path, "c")
+    store_foreground(flipped, np.random.default_rng(0).normal(size=(1, 3000)).astype(np.float32))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    for case in "abc":
         with pytest.raises(InvalidInput, match=rf"{case}\.b2nd.*--verify_dataset_integrity"):
             foreground_intensities(tmp_path, [case])
