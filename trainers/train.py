@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,11 +93,11 @@ def train(request: TrainRequest, hooks: TrainHooks | None = None) -> TrainResult
         TrainingDiverged: a loss term stayed non-finite.
     """
     setup = resolve(request)
-    with _folds_held(setup), deterministic_operations(request.deterministic):
-        return _train(setup, hooks or TrainHooks())
+    with _folds_held(setup) as held, deterministic_operations(request.deterministic):
+        return _train(setup, hooks or TrainHooks(), held)
 
 
-def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
+def _train(setup: RunSetup, hooks: TrainHooks, held: Collection[Path]) -> TrainResult:
     request = setup.request
     share_cores(setup.device, _workers(setup))
     provide_cases(setup, hooks.on_preprocess)
@@ -111,6 +111,8 @@ def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
     if request.initial_weights is not None:
         asked = asked.model_copy(update={"initial": _initial_records(setup, request.initial_weights, steps)})
     with hold(lock_beside(folder), f"the files of {folder.name}", RUN_WAIT_S):
+        if request.overwrite:
+            _check_alone(folder, held)
         if request.resume:
             extend_run(folder, asked, setup.method(setup.job(next(iter(setup.folds)), steps), setup.settings))
         spec = open_run(folder, asked, request.resume, request.overwrite)
@@ -128,16 +130,25 @@ def _train(setup: RunSetup, hooks: TrainHooks) -> TrainResult:
 
 
 @contextmanager
-def _folds_held(setup: RunSetup) -> Iterator[None]:
-    """The locks of the folds; with `overwrite` of all that are there, because the whole run may be removed."""
+def _folds_held(setup: RunSetup) -> Iterator[list[Path]]:
+    """Holds the locks of the folds, which it yields; with `overwrite` of all, because the whole run may be removed."""
     folder = setup.folder(setup.spec(1))
     names = set(setup.folds)
     if setup.request.overwrite:
         names |= {path.name.removeprefix("fold_") for path in folder.glob("fold_*")}
+    paths = [fold_lock(folder, fold) for fold in sorted(names)]
     with ExitStack() as held:
-        for fold in sorted(names):
-            held.enter_context(hold(fold_lock(folder, fold), f"fold {fold} of {folder.name}", FOLD_WAIT_S))
-        yield
+        for fold, path in zip(sorted(names), paths, strict=True):
+            held.enter_context(hold(path, f"fold {fold} of {folder.name}", FOLD_WAIT_S))
+        yield paths
+
+
+def _check_alone(folder: Path, held: Collection[Path]) -> None:
+    """Refuses to overwrite a run of which another process began a fold after our locks were taken."""
+    for path in sorted(fold_lock(folder, "").parent.glob(fold_lock(folder, "*").name)):
+        if path not in held:
+            with hold(path, f"a fold of {folder.name}", FOLD_WAIT_S):
+                pass
 
 
 def _train_fold(setup: RunSetup, fold: str, spec: RunSpec, folder: Path, hooks: TrainHooks) -> FoldResult:

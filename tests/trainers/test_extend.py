@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import autossl.trainers.train as behind
+from autossl.data.locks import hold
 from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
-from autossl.data.runs import FoundRun, RunFilter, find_runs, read_run
+from autossl.data.runs import FoundRun, RunFilter, find_runs, fold_lock, read_run
 from autossl.data.workspace import Workspace
 from autossl.inference.checkpoint import read_checkpoint
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
@@ -116,6 +117,18 @@ def test_all_folds_of_an_extended_run_are_open_at_once(workspace: Workspace) -> 
     with pytest.raises(InvalidInput, match="fold 2 was not trained when this run was extended"):
         train(request(workspace, folds=("2",), steps=6, resume=True))
     assert not (run / "fold_2").exists()
+
+
+def test_a_fold_that_began_meanwhile_is_not_overwritten(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(workspace)
+    monkeypatch.setattr(behind, "FOLD_WAIT_S", 0.0)
+    with ExitStack() as other:
+        began = lambda setup, on_progress: other.enter_context(hold(fold_lock(run, "3"), "fold 3"))  # noqa: E731
+        monkeypatch.setattr(behind, "provide_cases", began)
+        with pytest.raises(InvalidInput, match=f"process {os.getpid()} .* works on a fold of"):
+            train(request(workspace, steps=3, overwrite=True))
+    assert read_run(run).total_steps == 4
+    assert (run / "fold_0" / "checkpoint_final.pth").exists()
 
 
 def test_fewer_steps_no_resume_or_other_folds_extend_nothing(workspace: Workspace) -> None:
