@@ -34,6 +34,24 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """SIGTERM and SIGINT are handled after the block: for short calls of foreign code that swallows exceptions."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: foreign code's own
+        for number in dict.fromkeys(came):
+            signal.raise_signal(number)
+
+
 def end_with_parent(parent: int) -> None:
     """In a worker: the system kills this process when its parent ends, however that happens (Linux).
 

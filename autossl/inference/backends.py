@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from autossl.data.problems import InvalidInput, Problem
+from autossl.data.signals import interrupts_wait
 from autossl.inference.predictor import Predictor
 from autossl.networks.cpu import plain_convolutions
 from autossl.networks.prediction import Member
@@ -110,9 +111,10 @@ def openvino_network(network: nn.Module, sample: Tensor, tile: Sequence[int], ba
     with torch.inference_mode():
         expected = network(sample)
     try:
-        model = _converted(openvino, network, sample)
-        found = _compiled(openvino, model, sample.shape)(sample)
-        compiled = _compiled(openvino, model, (-1 if batched else 1, *tile))
+        with interrupts_wait():  # OpenVINO would turn them into errors of its own
+            model = _converted(openvino, network, sample)
+            found = _compiled(openvino, model, sample.shape)(sample)
+            compiled = _compiled(openvino, model, (-1 if batched else 1, *tile))
     except MemoryError:
         raise
     except Exception as error:  # its own kinds have no common parent below this one

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import logging
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -208,3 +209,26 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr
+
+
+def test_an_interruption_while_converting_is_no_reason_for_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO calls back into Python and turns whatever is raised there into an error of its own."""
+    original = backends._converted
+
+    def as_openvino_does(*given: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Converting input model KeyboardInterrupt") from error
+        return original(*given)
+
+    monkeypatch.setattr(backends, "_converted", as_openvino_does)
+    sample = torch.zeros(1, 1, 8, 8)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            openvino_network(nn.Conv2d(1, 2, 3).eval().requires_grad_(False), sample, sample.shape[1:])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
