@@ -48,8 +48,8 @@ def interrupts_wait() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: foreign code's own
-        for number in dict.fromkeys(came):
-            signal.raise_signal(number)
+        for received in dict.fromkeys(came):
+            signal.raise_signal(received)
 
 
 def end_with_parent(parent: int) -> None:
