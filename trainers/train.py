@@ -119,8 +119,9 @@ def _train(setup: RunSetup, hooks: TrainHooks, held: Collection[Path]) -> TrainR
         setup = replace(setup.with_cases_of(spec), compile=CompileChoice.from_json(spec.compile))
         write_plans(folder / "plans.json", setup.plans)
         write_json(folder / "dataset.json", setup.description.to_json())
-        for fold in setup.folds if spec.extended_at else ():  # all at once: nobody may take folds of two lengths
-            reopen_fold(folder / f"fold_{fold}", spec.total_steps)
+        if spec.extended_at:  # all folds at once: nobody may take those of two lengths
+            for fold in setup.folds:
+                reopen_fold(folder / f"fold_{fold}", spec.total_steps)
     results = []
     for fold in setup.folds:
         if hooks.on_start is not None:
