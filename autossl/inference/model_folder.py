@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autossl.data.description import DatasetDescription, read_description
+from autossl.data.files import content_hash, read_json
 from autossl.data.labels import LabelSchema
 from autossl.data.locks import holder_of
 from autossl.data.problems import InvalidInput, Problem
@@ -171,10 +172,23 @@ def _check_belong_together(folder: Path, run: RunSpec, plans: Plans, description
                 file=folder / DESCRIPTION_FILE,
             )
         )
+    if not problems and not _is_of_training(folder / PLANS_FILE, plans, run):
+        problems.append(
+            Problem(
+                "not the plan that the run was trained with: damaged, or edited since",
+                f"decisions with the hash {run.plans_hash}",
+                "restore it from a copy, or go on with the run by autossl_train … --resume, which writes it again",
+                file=folder / PLANS_FILE,
+            )
+        )
     if problems:
         raise InvalidInput(problems)
-    if plans.hash() != run.plans_hash:
-        logger.warning("%s has changed since the run was trained; prediction follows it as it is", folder / PLANS_FILE)
+
+
+def _is_of_training(path: Path, plans: Plans, run: RunSpec) -> bool:
+    """By the hash in run.json; of the file as well, which may be from before the plans had all their fields."""
+    content = {key: value for key, value in read_json(path).items() if key != "why"}
+    return run.plans_hash in (plans.hash(), content_hash(content))
 
 
 def _choose_folds(folder: Path, asked: Sequence[str] | None) -> tuple[str, ...]:

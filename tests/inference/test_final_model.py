@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_model import DATASET, tiny_plans, write_tiny_images, write_tiny_run
 
+from autossl.data.files import content_hash
 from autossl.data.image_io import read_label
 from autossl.data.labels import LabelSchema
 from autossl.data.probabilities import labels_of, mean_of, probabilities_file, quantize, read_probabilities
@@ -27,6 +28,7 @@ from autossl.inference.inference_plan import (
     set_postprocessing,
     write_inference_plan,
 )
+from autossl.inference.model_folder import read_model
 from autossl.inference.postprocess import Rule
 from autossl.inference.predict import PredictRequest, PredictResult, predict
 from autossl.inference.restore import Restored, Wanted
@@ -195,3 +197,26 @@ def test_combining_is_the_mean_whatever_the_number_of_slices(schema: LabelSchema
     assert result.disagreement is not None
     assert not result.disagreement.any()  # the members' own label maps agree
     assert combine(members, schema, Wanted()).probabilities is None
+
+
+def test_a_run_whose_plan_is_not_the_one_of_its_training_does_not_predict(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run")
+    whole = (run / "plans.json").read_text()
+    content = json.loads(whole)
+    content["transpose_forward"] = content["transpose_backward"] = [0, 2, 1]
+    (run / "plans.json").write_text(json.dumps(content))
+    with pytest.raises(InvalidInput, match=r"plans\.json: not the plan that the run was trained with.*--resume"):
+        read_model(run)
+    (run / "plans.json").write_text(whole)
+    assert read_model(run).plans == tiny_plans()
+
+
+def test_a_plan_from_before_all_its_fields_were_there_is_still_the_one_of_its_training(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run")
+    content = json.loads((run / "plans.json").read_text())
+    del content["label_manager"]
+    (run / "plans.json").write_text(json.dumps(content))
+    spec = json.loads((run / "run.json").read_text())
+    decisions = {key: value for key, value in content.items() if key != "why"}
+    (run / "run.json").write_text(json.dumps(spec | {"plans_hash": content_hash(decisions)}))
+    assert read_model(run).plans == tiny_plans()
