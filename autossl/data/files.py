@@ -125,13 +125,12 @@ def replace_folder(staged: Path, target: Path, aside: Path) -> None:
         aside: Where nothing is; removed by whoever removes what is staged.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    replaced = target.exists()
-    if replaced:
-        target.rename(aside)
     try:
+        if target.exists():
+            target.rename(aside)
         staged.rename(target)
-    except OSError:
-        if replaced:
+    except BaseException:  # an interruption as well
+        if aside.exists() and not target.exists():
             aside.rename(target)
         raise
 

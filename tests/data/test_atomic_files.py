@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from autossl.data.files import KILL_AT, PARTIAL, REMOVING, atomic_write, remove_folder, remove_remnants
+from autossl.data.files import KILL_AT, PARTIAL, REMOVING, atomic_write, remove_folder, remove_remnants, replace_folder
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -66,6 +66,29 @@ def test_at_the_point_that_is_asked_for_the_process_ends_and_nothing_is_half(tmp
     killed = -signal.SIGKILL
     json_only, both = ["a.json"], ["a.json", "log"]
     assert found == [(killed, [])] * 3 + [(killed, json_only)] * 3 + [(killed, both)] * 2 + [(0, both)]
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    staged, target, aside = (tmp_path / name for name in ("staged", "deep/target", "aside"))
+    (staged / "new").mkdir(parents=True)
+    (target / "old").mkdir(parents=True)
+    original = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if self == staged:
+            raise kind
+        return original(self, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", failing)
+        with pytest.raises(kind):
+            replace_folder(staged, target, aside)
+    assert (target / "old").is_dir()
+    replace_folder(staged, target, aside)
+    assert ([p.name for p in target.iterdir()], [p.name for p in aside.iterdir()]) == (["new"], ["old"])
 
 
 def test_a_removed_folder_is_gone_and_remnants_too(tmp_path: Path) -> None:
