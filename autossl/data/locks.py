@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from autossl.data.problems import InvalidInput, Problem
@@ -194,14 +195,19 @@ def _flock(path: Path, descriptor: int) -> bool | None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        logger.warning(
+        _say_once(
             "the drive of %s knows no locks (%s): commands of this machine are told apart by their process numbers; "
             "see to it yourself that no other machine does the same work",
-            path,
-            error.strerror,
+            str(path.parent),
+            str(error.strerror),
         )
         return False
     return True
+
+
+@cache
+def _say_once(text: str, *values: str) -> None:
+    logger.warning(text, *values)
 
 
 def _taken(path: Path, work: str, by: Holder | None) -> Problem:

@@ -405,8 +405,16 @@ def _check_outputs(
             )
         )
     path = outputs.folder / RECORD_FILE
-    now = _identity(record)
-    before = _identity(read_json(path)) if path.is_file() else now
+    if not path.is_file():
+        raise InvalidInput(
+            Problem(
+                f"results of {len(there)} cases, and nothing that says what predicted them",
+                f"{RECORD_FILE} beside them",
+                "replace them with --overwrite, or choose another folder",
+                file=outputs.folder,
+            )
+        )
+    now, before = _identity(record), _identity(read_json(path))
     differing = [name for name in now if before[name] != now[name]]
     if differing:
         raise InvalidInput(

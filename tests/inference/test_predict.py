@@ -179,6 +179,9 @@ def test_resume_predicts_only_what_is_missing(request_of: Callable[..., PredictR
     assert predict(replace(request, resume=True)).predicted == ()
     with pytest.raises(InvalidInput, match="mirroring was True, now it is False"):
         predict(replace(request, resume=True, mirroring=False))
+    (request.output / "prediction.json").unlink()
+    with pytest.raises(InvalidInput, match="nothing that says what predicted them"):
+        predict(replace(request, resume=True))
     assert predict(replace(request, overwrite=True, mirroring=False)).predicted == ("a", "b")
 
 
