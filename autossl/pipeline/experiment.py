@@ -43,11 +43,13 @@ class ExperimentResult:
 
     def lines(self) -> list[str]:
         """What a user wants to read first: verdict, final model, hidden test, report."""
-        lines = []
+        lines, verdict = [], ""
         if (path := self.folder / VERDICT).is_file():
-            lines.append(str(read_json(path)["sentence"]))
+            verdict = str(read_json(path)["sentence"])
+            lines.append(verdict)
         if (path := self.folder / PLAN).is_file():
-            lines.append(f"final model: {read_json(path)['why']}")
+            why = str(read_json(path)["why"])
+            lines.append("final model: " + (why.replace(f" {verdict}", "") if verdict else why))  # said above
         if (path := self.folder / HIDDEN_TEST).is_file():
             lines += hidden_lines(read_json(path))
         report = self.folder / REPORT

@@ -120,11 +120,10 @@ def hidden_lines(content: Mapping[str, Any]) -> list[str]:
         line = f"  {name}: {_figure(model['mean_dice'])}"
         if name in against:
             found = against[name]
-            line += f", {_points(found['estimate'])} points to {found['twin']}: {found['word']}"
-            line += (
-                f" ({_points(found['low'])} to {_points(found['high'])}), {found['wins']} wins, {found['ties']} ties"
-            )
-            line += f", {found['losses']} losses"
+            word = "" if name == FINAL else f" {found['word']}"  # which tells of unlabeled cases, not of rules
+            interval = f"({_points(found['low'])} to {_points(found['high'])})"
+            wins = f"{found['wins']} wins, {found['ties']} ties, {found['losses']} losses"
+            line += f", {_points(found['estimate'])} points to {found['twin']}:{word} {interval}, {wins}"
         lines.append(line)
     return lines
 
