@@ -181,7 +181,9 @@ def batch_reasons(batch_size: int, n_unlabeled: int) -> Why:
     unlabeled = "the labeled part's size, whatever the size of the pool, so that noise cannot drown the labels"
     return {
         "labeled_batch_size": f"the preset's batch of {batch_size}, the same as in a supervised run",
-        "unlabeled_batch_size": unlabeled if n_unlabeled else f"{unlabeled}; used where a budget (--labeled) hides labels",
+        "unlabeled_batch_size": unlabeled
+        if n_unlabeled
+        else f"{unlabeled}; used where a budget (--labeled) hides labels",
     }
 
 
