@@ -43,7 +43,7 @@ def state_of(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") or part in ("logs", "tensorboard") for part in name.parts):
-            found[str(name)] = digest_of(path)
+            found[str(name)] = digest_of(path, folder.resolve())
     return found
 
 
@@ -63,8 +63,8 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[s
     )
 
 
-def digest_of(path: Path) -> str:
-    """Digest of what a file means: of weights, voxels and values, not of bytes around them."""
+def digest_of(path: Path, root: Path | None = None) -> str:
+    """Digest of what a file means: of weights, voxels and values, not of bytes around them or of where `root` lies."""
     if path.name.endswith(UNCOMPARED):
         return "there"
     digest = hashlib.sha256()
@@ -79,7 +79,8 @@ def digest_of(path: Path) -> str:
     elif path.suffix == ".gz":
         digest.update(gzip.decompress(path.read_bytes()))
     elif path.suffix in (".json", ".jsonl"):
-        texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        text = path.read_text().replace(str(root), "") if root is not None else path.read_text()
+        texts = text.splitlines() if path.suffix == ".jsonl" else [text]
         _add(digest, [_timeless(json.loads(text)) for text in texts])
     else:
         digest.update(path.read_bytes())
