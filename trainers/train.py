@@ -104,7 +104,7 @@ def _train(setup: RunSetup, hooks: TrainHooks, held: Collection[Path]) -> TrainR
     setup = fit_to_memory(setup)
     steps = _total_steps(setup)
     folder = setup.folder(setup.spec(steps))
-    if request.resume:
+    if not request.overwrite:
         _use_threads_of(folder, setup.device)
     setup = replace(setup, compile=_compile_choice(setup, folder, steps))
     asked = setup.spec(steps)
@@ -231,7 +231,7 @@ def share_cores(device: str, num_workers: int) -> None:
 
 
 def _use_threads_of(folder: Path, device: str) -> None:
-    """On a CPU, a run goes on with as many threads as it began with: other numbers give other last bits.
+    """On a CPU, a run goes on, and gets further folds, with as many threads as it began with: others give other bits.
 
     OMP_NUM_THREADS, where it is set, is the user's own decision and stays.
     """

@@ -151,8 +151,9 @@ def test_a_method_of_rounds_is_not_extended(workspace: Workspace) -> None:
         train(replace(rounds, steps=12, resume=True))
 
 
+@pytest.mark.parametrize("more", [{"resume": True}, {"folds": ("1",)}])
 def test_a_run_goes_on_with_the_threads_that_it_began_with(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run = run_of(workspace)
@@ -160,7 +161,7 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(
     (run / "run.json").write_text(json.dumps(spec | {"threads": 3}))
     taken: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    train(request(workspace, resume=True))
+    train(request(workspace, **more))
     assert taken[-1] == 3
 
 
