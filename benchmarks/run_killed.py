@@ -32,7 +32,7 @@ from autossl.data.provenance import Written
 from autossl.data.runs import CHECKPOINT_FINAL
 from autossl.evaluation.benchmark.provenance import machine
 
-UNBROKEN, KILLED = "unbroken", "killed"
+UNBROKEN, KILLED, KILLS_FILE = "unbroken", "killed", "kills.txt"
 KILLS = ((0.15, False), (0.6, True))
 """After which share of the trained folds, and whether the whole tree is killed."""
 
@@ -68,6 +68,7 @@ def compared(unbroken: Path, killed: Path) -> dict[str, Any]:
     results = next(unbroken.glob("results/*/*/verdict.json")).parent
     hidden = read_json(results / "hidden_test.json") if (results / "hidden_test.json").is_file() else None
     return {
+        "kills": (killed.parent / KILLS_FILE).read_text().splitlines(),
         "files": len(expected),
         "checkpoints": sum(name.endswith(".pth") for name in expected),
         "label_maps": sum(name.endswith((".nii.gz", ".png")) and "results" in name for name in expected),
@@ -112,7 +113,10 @@ def _kill_after(n_folds: int, whole: bool, words: Sequence[str], workspace: Path
     else:
         process.kill()
     process.wait()
-    print(f"killed {'all' if whole else 'the command alone'} after {len(_trained(workspace))} folds", flush=True)
+    happened = f"{'all processes' if whole else 'the command alone'}, after {len(_trained(workspace))} trained folds"
+    with (workspace.parent / KILLS_FILE).open("a") as file:
+        file.write(f"{happened}\n")
+    print(f"killed {happened}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

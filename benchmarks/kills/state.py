@@ -29,9 +29,12 @@ TIMES = frozenset(
         "estimates",
         "file_stamps",
         "machine",
+        "made_from",
+        "checkpoint",
     }
 )
-"""Entries of JSON that tell how long something took, or when and where it was done."""
+"""Entries of JSON that tell how long something took, or when and where it was done; the last two are hashes of files
+that hold such entries, and are compared themselves."""
 UNCOMPARED = (".png", ".html", ".log", ".txt", ".lock", ".pdf")
 """Pictures and pages show times; they only have to be there."""
 REMNANTS = (".partial-", ".removing-")
