@@ -7,24 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autossl.data.files import read_json, write_json
+from autossl.data.files import content_hash, read_json, write_json
 from autossl.data.provenance import Written
 from autossl.pipeline.arrange import arrange
 from autossl.pipeline.costs import training_devices
 from autossl.pipeline.engine import Event, OnEvent, engine_named
-from autossl.pipeline.final_steps import HIDDEN_TEST, PLAN, REPORT, VERDICT, final_steps
+from autossl.pipeline.final_steps import EXPERIMENT, HIDDEN_TEST, PLAN, REPORT, VERDICT, final_steps
 from autossl.pipeline.hidden_test import hidden_lines
 from autossl.pipeline.lock import experiment_lock
 from autossl.pipeline.measure import FILE as SPEEDS
 from autossl.pipeline.measure import OnMeasured, measure_all
 from autossl.pipeline.request import ExperimentRequest, check_request
-from autossl.pipeline.steps import Estimate, Ledger, Step, find_step
+from autossl.pipeline.steps import Estimate, Ledger, Step, find_step, input_hash
 from autossl.pipeline.training_steps import planning_steps, train_words, training_steps
 from autossl.pipeline.trainings import Experiment
 
 __all__ = ["Event", "ExperimentRequest", "Outlook", "dry_run", "run_experiment", "run_step"]
 
-EXPERIMENT_FILE = "experiment.json"
 LOCK_FILE = ".experiment.lock"
 STEPS_FOLDER, LOGS_FOLDER = "steps", "logs"
 
@@ -108,7 +107,8 @@ def ledger_of(experiment: Experiment) -> Ledger:
 
 
 def write_experiment(experiment: Experiment) -> None:
-    """What was asked for and decided, and the commands that repeat each run, for the report."""
+    """What was asked for and decided, and each run's command, for the report; left as it is where nothing changed."""
+    path = experiment.folder / EXPERIMENT
     content = {
         "dataset": experiment.dataset,
         "split": experiment.split,
@@ -127,9 +127,9 @@ def write_experiment(experiment: Experiment) -> None:
             }
             for training in experiment.trainings
         ],
-        "written": Written.now().model_dump(mode="json"),
     }
-    write_json(experiment.folder / EXPERIMENT_FILE, content)
+    if input_hash(path) != content_hash(content, 16):
+        write_json(path, {**content, "written": Written.now().model_dump(mode="json")})
 
 
 def command_words(request: ExperimentRequest) -> list[str]:

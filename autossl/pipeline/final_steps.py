@@ -17,7 +17,7 @@ from autossl.pipeline.request import ExperimentRequest
 from autossl.pipeline.steps import Estimate, Report, Step
 from autossl.pipeline.trainings import Experiment, Training
 
-OUT_OF_FOLD = "out_of_fold.json"
+EXPERIMENT, OUT_OF_FOLD = "experiment.json", "out_of_fold.json"
 VERDICT, SELECTION, PLAN = "verdict.json", "selection.json", "inference_plan.json"
 POSTPROCESSING, HIDDEN_TEST, LABEL_NEXT = "postprocessing.json", "hidden_test.json", "label_next.json"
 REPORT = "report.html"
@@ -275,7 +275,7 @@ def _label_next_estimate(experiment: Experiment) -> Estimate:
 def _report_step(experiment: Experiment, made: tuple[Path, ...]) -> Step:
     return Step(
         name="report",
-        inputs=(*made, *summaries(experiment)),
+        inputs=(experiment.folder / EXPERIMENT, *made, *summaries(experiment)),
         outputs=(experiment.folder / REPORT,),
         run=partial(_write_report, experiment),
     )

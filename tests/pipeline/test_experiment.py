@@ -81,7 +81,9 @@ def test_all_steps_run_in_order_and_a_second_call_finds_them_done(workspace: Wor
     assert {path.stem for path in folder.glob("*.json")} == {*names, "out_of_fold"}
     assert len(calls()) == 6
     assert all({"--deployment", "--save_probabilities", "--resume"} <= set(call["words"]) for call in calls())
+    written = (place(workspace) / "experiment.json").stat().st_mtime_ns
     again = events_of(run_experiment, base_request(workspace.root))
+    assert (place(workspace) / "experiment.json").stat().st_mtime_ns == written  # the page shows its date
     assert {state for name, state in again if name != "split"} == {"there"}
     assert len(calls()) == 6
 
