@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -108,6 +109,8 @@ def openvino_network(network: nn.Module, sample: Tensor, tile: Sequence[int], ba
         InvalidInput: OpenVINO cannot take the network, or its logits are not PyTorch's.
     """
     openvino = _openvino()
+    if _core(openvino)[1] != os.getpid():  # its threads did not come along: it would wait for them for ever
+        raise _refusal("OpenVINO was used before this process was forked")
     with torch.inference_mode():
         expected = network(sample)
     try:
@@ -173,17 +176,18 @@ def _compiled(openvino: ModuleType, model: Any, shape: Sequence[int]) -> OpenVin
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
     }
-    return OpenVinoNetwork(_core(openvino).compile_model(model, "CPU", settings).create_infer_request())
+    core, _ = _core(openvino)
+    return OpenVinoNetwork(core.compile_model(model, "CPU", settings).create_infer_request())
 
 
 @lru_cache(maxsize=1)
-def _core(openvino: ModuleType) -> Any:
-    """One for the whole process, never let go of.
+def _core(openvino: ModuleType) -> tuple[Any, int]:
+    """One for the whole process, never let go of, and the number of the process.
 
     Its CPU plugin gives the thread in which it begins a stack for signals. Where it ends in another thread that stack
     is unmapped and stays in use: the next signal ends the process.
     """
-    return openvino.Core()
+    return openvino.Core(), os.getpid()
 
 
 def _openvino() -> ModuleType:

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -232,3 +233,26 @@ def test_an_interruption_while_converting_is_no_reason_for_pytorch(monkeypatch: 
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked there")
+def test_a_fork_of_a_process_that_used_it_is_told_and_does_not_wait_for_ever() -> None:
+    program = """
+import os, sys
+import torch
+from autossl.data.problems import InvalidInput
+from autossl.inference.backends import openvino_network
+sample = torch.zeros(1, 1, 8, 8)
+network = torch.nn.Conv2d(1, 2, 3).eval().requires_grad_(False)
+openvino_network(network, sample, sample.shape[1:])
+child = os.fork()
+if child == 0:
+    try:
+        openvino_network(network, sample, sample.shape[1:])
+    except InvalidInput as error:
+        os._exit(7 if "before this process was forked" in str(error) else 8)
+    os._exit(9)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 7, done.stderr
