@@ -28,7 +28,7 @@ from autossl.planners.grown import read_basis
 from autossl.planners.plan_and_preprocess import FINGERPRINT, find_plans, plans_file
 from autossl.planners.plans import Architecture, ConfigurationPlan, Plans
 from autossl.planners.semi_supervised import ema_decay_max
-from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer
+from autossl.trainers.base import Job, MethodSettings, SemiSupervisedTrainer, derive_seed
 from autossl.trainers.batches import LabeledCase, Streams, UnlabeledCase
 from autossl.trainers.checks import check_needs, check_numbers, check_planned_since
 from autossl.trainers.compiling import CompileChoice
@@ -147,7 +147,7 @@ class RunSetup:
             n_labeled=len(cases.labeled),
             n_unlabeled=len(cases.unlabeled),
             total_steps=total_steps,
-            seed=self.request.seed,
+            seed=derive_seed(self.request.seed, "fold", fold),
             labeled_batch_size=plan.labeled_batch_size,
             unlabeled_batch_size=self.unlabeled_batch_size,
             ema_decay_max=ema_decay_max(total_steps),

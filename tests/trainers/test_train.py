@@ -387,3 +387,12 @@ def test_the_second_wish_to_stop_ends_at_once_but_not_one_that_a_launcher_repeat
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_each_fold_begins_with_weights_of_its_own_and_methods_with_the_same(workspace: Workspace) -> None:
+    def first_weights(method: str, fold: str) -> torch.Tensor:
+        setup = resolve(request(workspace, method=method, folds=("0", "1")))
+        return next(setup.job(fold, 10).build_network().parameters()).detach()
+
+    assert torch.equal(first_weights("supervised", "0"), first_weights("mean_teacher", "0"))
+    assert not torch.equal(first_weights("supervised", "0"), first_weights("supervised", "1"))
