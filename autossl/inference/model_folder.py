@@ -188,7 +188,10 @@ def _check_belong_together(folder: Path, run: RunSpec, plans: Plans, description
 def _is_of_training(path: Path, plans: Plans, run: RunSpec) -> bool:
     """By the hash in run.json; of the file as well, which may be from before the plans had all their fields."""
     content = {key: value for key, value in read_json(path).items() if key != "why"}
-    return run.plans_hash in (plans.hash(), content_hash(content))
+    try:
+        return run.plans_hash in (plans.hash(), content_hash(content))
+    except ValueError:  # NaN or infinity, which no plan of ours holds
+        return False
 
 
 def _choose_folds(folder: Path, asked: Sequence[str] | None) -> tuple[str, ...]:

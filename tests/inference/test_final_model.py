@@ -207,6 +207,9 @@ def test_a_run_whose_plan_is_not_the_one_of_its_training_does_not_predict(tmp_pa
     (run / "plans.json").write_text(json.dumps(content))
     with pytest.raises(InvalidInput, match=r"plans\.json: not the plan that the run was trained with.*--resume"):
         read_model(run)
+    (run / "plans.json").write_text(whole.replace('"why": {', '"unknown": NaN, "why": {', 1))
+    with pytest.raises(InvalidInput, match=r"plans\.json"):
+        read_model(run)
     (run / "plans.json").write_text(whole)
     assert read_model(run).plans == tiny_plans()
 
