@@ -13,7 +13,8 @@ from autossl.data.raw_dataset import RawDataset, read_raw_dataset
 from autossl.data.workspace import Workspace
 from autossl.evaluation.evaluate import Evaluation, evaluate_folder
 from autossl.evaluation.pictures import PicturedCase, draw_outlines
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers.train import TrainHooks, TrainRequest, train

@@ -43,7 +43,8 @@ from autossl.evaluation.benchmark.provenance import machine
 from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
 from autossl.evaluation.label_evidence import RESULT_FILE, LabelNextRequest, label_next
 from autossl.evaluation.statistics import PairedSample, compare_paired
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.planners.fingerprint import read_fingerprint
 from autossl.planners.plan_and_preprocess import FINGERPRINT, PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions

@@ -34,7 +34,8 @@ DATASET = "Dataset900_Large"
 PEAK_CODE = """
 import resource, sys
 from pathlib import Path
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 images, output, model, step = sys.argv[1:]
 predict(PredictRequest(input=Path(images), output=Path(output), model=Path(model), device="cpu", mirroring=False,
                        step_size=float(step)))

@@ -12,7 +12,8 @@ from autossl.cli.progress import CommandProgress
 from autossl.cli.run_command import new_parser, run_command
 
 if TYPE_CHECKING:
-    from autossl.inference.predict import PredictProgress, PredictRequest
+    from autossl.inference.predict import PredictProgress
+    from autossl.inference.request import PredictRequest
 
 EPILOG = """\
 -d alone predicts by the dataset's inference plan (autossl_find_best_configuration); where several splits have one,
@@ -99,7 +100,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _request(arguments: argparse.Namespace) -> PredictRequest:
     from autossl.data.runs import RunFilter
     from autossl.inference.postprocessing_plan import read_postprocessing
-    from autossl.inference.predict import PredictRequest
+    from autossl.inference.request import PredictRequest
 
     file = arguments.postprocessing
     return PredictRequest(

@@ -18,7 +18,8 @@ from autossl.data.runs import RunFilter
 from autossl.evaluation.benchmark.results import dice_of
 from autossl.evaluation.evaluate import EvaluationOptions, evaluate_folder
 from autossl.evaluation.verdict import Candidate, Cohort, judge
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.pipeline.steps import Report
 from autossl.pipeline.trainings import Experiment, Training
 

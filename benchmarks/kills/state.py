@@ -37,15 +37,18 @@ TIMES = frozenset(
 that hold such entries, and are compared themselves."""
 UNCOMPARED = (".png", ".html", ".log", ".txt", ".lock", ".pdf")
 """Pictures and pages show times; they only have to be there."""
+CALLS = "benchmark.json"
+"""How long each call that trained a fold took: a caller that was killed could not write it."""
 REMNANTS = (".partial-", ".removing-")
 
 
 def state_of(folder: Path) -> dict[str, str]:
-    """Relative path → digest of the content, for every file below a folder that a user would see."""
+    """Relative path → digest of the content, for every file below a folder that a user would see and need."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") or part in ("logs", "tensorboard") for part in name.parts):
+        aside = any(part.startswith(".") or part in ("logs", "tensorboard", CALLS) for part in name.parts)
+        if path.is_file() and not aside:
             found[str(name)] = digest_of(path, folder.resolve())
     return found
 

@@ -13,7 +13,7 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.data.runs import RunFilter
 from autossl.inference.postprocess import Rule
 from autossl.inference.postprocessing_plan import PostprocessingPlan, write_postprocessing
-from autossl.inference.predict import PredictRequest
+from autossl.inference.request import PredictRequest
 from autossl.planners import plan_and_preprocess as behind_planning
 from autossl.planners.plan_and_preprocess import PlanRequest
 from autossl.planners.plan_experiment import PlanOptions

@@ -25,8 +25,9 @@ from autossl.data.problems import InvalidInput
 from autossl.inference import backends
 from autossl.inference.backends import choose_backend, on_backend, openvino_network
 from autossl.inference.model_folder import read_model
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
 from autossl.inference.predictor import Predictor, Window
+from autossl.inference.request import PredictRequest
 from autossl.networks.build import residual_twin
 from autossl.networks.prediction import Member, PredictionSpec, SharedDecoder, build_member, member_parts
 from toys import toy_architecture, toy_configuration, toy_schema

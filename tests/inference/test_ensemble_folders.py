@@ -19,7 +19,8 @@ from autossl.data.labels import LabelSchema
 from autossl.data.probabilities import labels_of, probabilities_file, read_probabilities
 from autossl.data.problems import InvalidInput
 from autossl.inference.ensemble_folders import EnsembleRequest, ensemble_folders
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 
 SCHEMA = LabelSchema({"background": (0,), "organ": (1,), "tumor": (5,)})
 

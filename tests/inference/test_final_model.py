@@ -30,7 +30,8 @@ from autossl.inference.inference_plan import (
 )
 from autossl.inference.model_folder import read_model
 from autossl.inference.postprocess import Rule
-from autossl.inference.predict import PredictRequest, PredictResult, predict
+from autossl.inference.predict import PredictResult, predict
+from autossl.inference.request import PredictRequest
 from autossl.inference.restore import Restored, Wanted
 
 LABELS = LabelSchema({"background": (0,), "organ": (1,), "tumor": (5,)})

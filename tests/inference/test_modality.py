@@ -19,7 +19,8 @@ from autossl.data.image_io import read_image, read_label
 from autossl.data.problems import InvalidInput
 from autossl.inference.checkpoint import FORMAT, read_trained_networks, separate_channels
 from autossl.inference.model_folder import read_model
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.networks.build import build_network
 from autossl.networks.prediction import Member, PredictionSpec
 

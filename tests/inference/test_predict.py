@@ -26,9 +26,10 @@ from autossl.data.store import CaseStore
 from autossl.inference.final_model import LoadedModel
 from autossl.inference.model_folder import read_model
 from autossl.inference.outputs import OutputFolder
-from autossl.inference.predict import PredictProgress, PredictRequest, predict
+from autossl.inference.predict import PredictProgress, predict
 from autossl.inference.predictor import Window
 from autossl.inference.preprocessed import original_grid, predict_preprocessed, predict_preprocessed_grid
+from autossl.inference.request import PredictRequest
 from autossl.planners.plans import write_plans
 from autossl.preprocessing.prepare import prepare_case
 
@@ -179,6 +180,10 @@ def test_resume_predicts_only_what_is_missing(request_of: Callable[..., PredictR
     assert predict(replace(request, resume=True)).predicted == ()
     with pytest.raises(InvalidInput, match="mirroring was True, now it is False"):
         predict(replace(request, resume=True, mirroring=False))
+    for damaged in ("{}", "[]", '{"members": [3]}'):
+        (request.output / "prediction.json").write_text(damaged)
+        with pytest.raises(InvalidInput, match="a record that says nothing of what predicted"):
+            predict(replace(request, resume=True))
     (request.output / "prediction.json").unlink()
     with pytest.raises(InvalidInput, match="nothing that says what predicted them"):
         predict(replace(request, resume=True))

@@ -13,7 +13,8 @@ from tiny_model import write_tiny_images, write_tiny_run
 from autossl.data.image_io import read_geometry, read_label
 from autossl.data.problems import InvalidInput
 from autossl.inference.postprocess import Rule
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 
 
 def request(tmp_path: Path, *rules: Rule) -> PredictRequest:

@@ -26,7 +26,8 @@ from autossl.inference.checkpoint import read_checkpoint
 from autossl.inference.inference_plan import InferencePlan, LabelBudget, PlanMember, write_inference_plan
 from autossl.inference.model_folder import read_model
 from autossl.inference.postprocess import Rule
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.interop.deployed import is_public, shared_run
 from autossl.interop.model_archive import ExportRequest, ExportResult, export_model
 from autossl.interop.model_install import InstallRequest, install_model

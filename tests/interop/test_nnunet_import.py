@@ -19,7 +19,8 @@ from tiny_model import tiny_plans, write_tiny_images
 from autossl.data.image_io import read_label
 from autossl.data.problems import InvalidInput
 from autossl.data.torch_files import refused_names
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.interop.foreign_checkpoint import STAND_INS, read_foreign_checkpoint
 from autossl.interop.nnunet_import import ImportRequest, ImportResult, import_nnunet
 from autossl.interop.nnunet_plans import imported_plans, resolved_configuration

@@ -25,7 +25,8 @@ from autossl.data.files import read_json, write_json
 from autossl.data.image_io import read_label
 from autossl.inference.checkpoint import FORMAT
 from autossl.inference.model_folder import read_model
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.interop.nnunet_export import NnunetExportRequest, export_nnunet
 from autossl.networks.build import build_network, residual_twin
 from autossl.networks.prediction import Member, PredictionSpec

@@ -16,7 +16,8 @@ from autossl.data.phantom import PhantomSettings, make_phantom_dataset
 from autossl.data.problems import InvalidInput
 from autossl.data.runs import RunFilter
 from autossl.data.workspace import Workspace
-from autossl.inference.predict import PredictRequest, predict
+from autossl.inference.predict import predict
+from autossl.inference.request import PredictRequest
 from autossl.networks.prediction import PredictionSpec
 from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
 from autossl.planners.plan_experiment import PlanOptions
