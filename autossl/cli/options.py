@@ -29,7 +29,7 @@ def add_workers(parser: argparse.ArgumentParser, work: str, beside_loaders: bool
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """--device."""
     parser.add_argument(
         "--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 or mps (default: auto, the fastest)"

@@ -49,11 +49,20 @@ def _parser() -> argparse.ArgumentParser:
         type=fold_name,
         help="0 1 2 …, all_folds (each in turn), or all (train on everything, without a validation figure)",
     )
-    parser.add_argument(
+    _add_what(parser.add_argument_group("what is trained"))
+    _add_labels(parser.add_argument_group("which labels it sees"))
+    _add_existing(parser.add_argument_group("what is there already").add_mutually_exclusive_group())
+    _add_how(parser.add_argument_group("how"))
+    add_workspace(parser)
+    return parser
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "-m", "--method", default="supervised", metavar="METHOD", help="see autossl_methods (default: supervised)"
     )
-    parser.add_argument("--preset", metavar="P", help="which plans (default: plain, or the only ones there are)")
-    length = parser.add_mutually_exclusive_group()
+    group.add_argument("--preset", metavar="P", help="which plans (default: plain, or the only ones there are)")
+    length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="length of the run (default: the plan's)")
     length.add_argument(
         "--hours",
@@ -61,22 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="H",
         help="time for all folds of this call: the speed is measured first and sets the steps",
     )
-    parser.add_argument(
-        "--labeled",
-        type=label_budget,
-        metavar="N",
-        help="hide all labels but N of each fold's (8), or a fraction of them (0.2); default: all labels",
-    )
-    parser.add_argument(
-        "--draw", type=non_negative, default=0, metavar="D", help="which draw of the labels (default: 0)"
-    )
-    parser.add_argument(
-        "--deployment",
-        action="store_true",
-        help="draw the N once for all folds and keep a hidden test set, as autossl_run does",
-    )
-    parser.add_argument("--seed", type=non_negative, default=0, metavar="S", help="of the training (default: 0)")
-    parser.add_argument(
+    group.add_argument("--seed", type=non_negative, default=0, metavar="S", help="of the training (default: 0)")
+    group.add_argument(
         "--set",
         dest="settings",
         type=setting_pair,
@@ -86,42 +81,62 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="change settings of the method; see autossl_methods METHOD",
     )
-    parser.add_argument("--tag", metavar="T", help="part of the run's name (default: made of changed settings, if any)")
-    parser.add_argument(
+    group.add_argument("--tag", metavar="T", help="part of the run's name (default: made of changed settings, if any)")
+    group.add_argument(
         "--init",
         type=Path,
         metavar="PATH",
         help="weights to start from: a checkpoint, or the folder of a run (each fold from its own fold there)",
     )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument(
+
+
+def _add_labels(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--labeled",
+        type=label_budget,
+        metavar="N",
+        help="hide all labels but N of each fold's (8), or a fraction of them (0.2); default: all labels",
+    )
+    group.add_argument(
+        "--draw", type=non_negative, default=0, metavar="D", help="which draw of the labels (default: 0)"
+    )
+    group.add_argument(
+        "--deployment",
+        action="store_true",
+        help="draw the N once for all folds and keep a hidden test set, as autossl_run does",
+    )
+
+
+def _add_existing(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
         "--resume", action="store_true", help="go on with what is unfinished; with more --steps, with what is finished"
     )
-    again.add_argument("--overwrite", action="store_true", help="remove what exists of these folds and start again")
-    parser.add_argument(
+    group.add_argument("--overwrite", action="store_true", help="remove what exists of these folds and start again")
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    add_device(group)
+    group.add_argument(
         "--num_workers",
         type=non_negative,
         metavar="N",
         help="loader processes per fold; 0: none (default: by the cores)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--save_probabilities",
         action="store_true",
         help="of the validation cases, for ensembles and selection; finished folds get them without training",
     )
-    parser.add_argument(
+    group.add_argument(
         "--deterministic",
         action="store_true",
         help="on CUDA: the same bits every time, and after --resume (slower; on a CPU it is always so)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         help="compile the networks of a new run; auto: where a trial says that it pays (default: off)",
     )
-    add_device(parser)
-    add_workspace(parser)
-    return parser
 
 
 def _train(arguments: argparse.Namespace) -> None:
