@@ -193,7 +193,7 @@ def agreement(root: Path, ending: str) -> tuple[float, float]:
         theirs, other_spacing, other_geometry = read_label(root / "theirs" / name)
         assert np.allclose(spacing, other_spacing, rtol=1e-5)
         assert np.allclose(geometry.origin_xyz, other_geometry.origin_xyz, atol=1e-3)
-        assert {0, 1} <= set(np.unique(theirs))
+        assert {0, 1, 2} <= set(np.unique(theirs)), "else a label is not compared"
         shares.append(float((ours == theirs).mean()))
         for label in (1, 2):
             a, b = ours == label, theirs == label
