@@ -7,6 +7,7 @@ A 2d configuration has two entries per spatial sequence: the first array axis is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,9 @@ NETWORK_CLASSES = {
     "resenc": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
 }
 KEYS_THAT_NAME_MODULES = ("conv_op", "norm_op", "dropout_op", "nonlin")
+SHARES_OF_MODULES = ("eps", "momentum", "p", "negative_slope")
+SWITCHES_OF_MODULES = ("affine", "track_running_stats", "inplace")
+"""All arguments that the norms, dropouts and activations of such networks can have; the shares are 0 to 1."""
 MAX_PATCH_VOXELS = 2**27  # 512 cubed: anything above is a damaged or hostile plan, not a plan
 MAX_BATCH = 100_000
 MAX_BATCH_VOXELS = 2**31
@@ -90,6 +94,7 @@ class Architecture(_Schema):
         if len(kwargs["strides"][0]) != len(kwargs["kernel_sizes"][0]):
             raise ValueError("arch_kwargs.strides and arch_kwargs.kernel_sizes differ in their number of axes")
         _check_layers(kwargs)
+        _check_modules(kwargs, {*KEYS_THAT_NAME_MODULES, *self.kw_requires_import}, self.dims)
         return self
 
     @property
@@ -371,6 +376,29 @@ def _check_layers(kwargs: dict[str, Any]) -> None:
     weights = sum(layers * width**2 * math.prod(kernel) for width, kernel in zip(features, kernels, strict=True))
     if weights > MAX_WEIGHTS:
         raise ValueError(f"arch_kwargs: a network of about {weights:,} weights, expected at most {MAX_WEIGHTS:,}")
+
+
+def _check_modules(kwargs: dict[str, Any], keys: Iterable[str], dims: int) -> None:
+    """Names of modules, and what goes into them: PyTorch would take anything and fail in the first forward pass."""
+    for key in sorted(keys):
+        name = kwargs.get(key)
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"arch_kwargs.{key} is {str(name)[:80]}, expected the name of a torch module")
+        if name is not None and name[-2:] in ("2d", "3d") and name[-2:] != f"{dims}d":
+            raise ValueError(f"arch_kwargs.{key} is {name}, in a network of {dims} dimensions")
+        given = kwargs.get(f"{key}_kwargs") or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"arch_kwargs.{key}_kwargs is {str(given)[:80]}, expected names with values")
+        for argument, value in given.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if argument in SHARES_OF_MODULES:
+                fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
+            elif argument in SWITCHES_OF_MODULES:
+                fits, expected = isinstance(value, bool), "true or false"
+            else:
+                fits, expected = False, f"one of {', '.join(SHARES_OF_MODULES + SWITCHES_OF_MODULES)}"
+            if not fits:
+                raise ValueError(f"arch_kwargs.{key}_kwargs holds {argument}: {str(value)[:80]}, expected {expected}")
 
 
 def read_plans(path: Path) -> Plans:
