@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autossl.data.files import read_json, write_json
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.data.provenance import Written
 from autossl.data.raw_dataset import read_raw_dataset
 from autossl.data.runs import FoundRun, RunFilter, RunSpec, find_runs
@@ -153,7 +153,7 @@ def read_verdict(path: Path) -> VerdictRecord:
     try:
         return VerdictRecord.model_validate(content)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(schema_faults(error))
         wanted, fix = "what autossl_verdict writes", "run autossl_verdict again"
         raise InvalidInput(Problem(f"the verdict cannot be read: {faults}", wanted, fix, file=path)) from error
 

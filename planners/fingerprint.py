@@ -19,7 +19,7 @@ from autossl.data.files import PARTIAL, read_json, write_json
 from autossl.data.hashes import DuplicatePair, HashedCase, find_duplicates
 from autossl.data.integrity import Findings, check_label_numbers, grouped
 from autossl.data.parallel import parallel_map
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.data.raw_dataset import Case, RawDataset
 from autossl.planners.budget import BudgetStatistics, budget_statistics
 from autossl.planners.case_scan import (
@@ -151,10 +151,9 @@ def read_fingerprint(path: Path) -> Fingerprint:
     try:
         return Fingerprint.model_validate(content)
     except ValidationError as error:
-        fault = error.errors()[0]
         raise InvalidInput(
             Problem(
-                f"no fingerprint of this version: {'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}",
+                f"no fingerprint of this version: {schema_faults(error)[0]}",
                 "the file that autossl_plan_and_preprocess writes",
                 "run autossl_plan_and_preprocess again; it makes the fingerprint anew",
                 file=path,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from autossl.data.files import content_hash, read_json, write_json
-from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.data.problems import InvalidInput, Problem, nearest, schema_faults
 
 NORMALIZATION_SCHEMES = (
     "ZScoreNormalization",
@@ -343,10 +343,6 @@ class Plans(_Schema):
         return content_hash({key: value for key, value in self.to_json().items() if key != "why"})
 
 
-def _message(fault: Any) -> str:
-    return str(fault["msg"]).removeprefix("Value error, ")
-
-
 def _is_count(value: Any, largest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
 
@@ -407,15 +403,8 @@ def read_plans(path: Path) -> Plans:
     try:
         return Plans.model_validate(content)
     except ValidationError as error:
-        problems = [
-            Problem(
-                f"{'.'.join(str(part) for part in fault['loc']) or 'the plan'}: {_message(fault)}",
-                "plans as autossl_plan_and_preprocess writes them",
-                "undo the edit of this field or plan again",
-                file=path,
-            )
-            for fault in error.errors()
-        ]
+        expected, fix = "plans as autossl_plan_and_preprocess writes them", "undo the edit of this field or plan again"
+        problems = [Problem(fault, expected, fix, file=path) for fault in schema_faults(error, "the plan")]
         raise InvalidInput(
             problems, title=f"{path} makes no sense in {len(problems)} place{'s'[: len(problems) > 1]}:"
         ) from error

@@ -112,7 +112,7 @@ def make_settings(method: type[SemiSupervisedTrainer], given: dict[str, str]) ->
     except ValidationError as error:
         problems += [
             Problem(
-                f"--set {fault['loc'][0]}={known[str(fault['loc'][0])]}: {fault['msg']}",
+                f"--set {fault['loc'][0]}={known[str(fault['loc'][0])]}: {fault['msg'].removeprefix('Value error, ')}",
                 f"a value for: {fields[str(fault['loc'][0])].description}",
                 f"see autossl_methods {method.name}",
             )

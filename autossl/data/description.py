@@ -13,7 +13,7 @@ from autossl.data.channels import ImageChannels
 from autossl.data.files import read_json
 from autossl.data.image_io import FILE_ENDINGS
 from autossl.data.labels import LabelSchema
-from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.data.problems import InvalidInput, Problem, nearest, schema_faults
 
 MAX_NAME = 200
 MAX_LABEL = 65535
@@ -177,15 +177,7 @@ def read_description(path: Path) -> DatasetDescription:
     try:
         return DatasetDescription.model_validate(content)
     except ValidationError as error:
-        raise InvalidInput([_as_problem(path, fault) for fault in error.errors()]) from error
-
-
-def _as_problem(path: Path, fault: Any) -> Problem:
-    field = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    return Problem(
-        f"{field}: {message}" if field else message,
-        'channel_names {"0": "CT"}, labels {"background": 0, "liver": 1}, file_ending ".nii.gz", as in nnU-Net v2',
-        "correct dataset.json",
-        file=path,
-    )
+        example = 'channel_names {"0": "CT"}, labels {"background": 0, "liver": 1}, file_ending ".nii.gz"'
+        expected = f"{example}, as in nnU-Net v2"
+        problems = [Problem(fault, expected, "correct dataset.json", file=path) for fault in schema_faults(error)]
+        raise InvalidInput(problems) from error

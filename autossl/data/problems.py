@@ -6,7 +6,10 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Result = TypeVar("Result")
 
@@ -39,6 +42,21 @@ class InvalidInput(ValueError):
         if title or len(lines) > 1:
             lines = [title or f"{len(self.problems)} problems:"] + [f"- {line}" for line in lines]
         super().__init__("\n".join(lines))
+
+
+def schema_faults(error: ValidationError, whole: str = "") -> list[str]:
+    """What pydantic found wrong, each as "place: message".
+
+    Args:
+        error: Of a model.
+        whole: Stands for the place of a fault that lies in no single field; empty: the message alone.
+    """
+    faults = []
+    for fault in error.errors(include_url=False):
+        place = ".".join(str(part) for part in fault["loc"]) or whole
+        message = fault["msg"].removeprefix("Value error, ")
+        faults.append(f"{place}: {message}" if place else message)
+    return faults
 
 
 class Problems:

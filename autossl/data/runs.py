@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from autossl.data.draws import normal_budget
 from autossl.data.files import REMOVING, content_hash, read_json, remove_folder, remove_remnants, write_json
 from autossl.data.locks import lock_beside
-from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.data.problems import InvalidInput, Problem, nearest, schema_faults
 from autossl.data.splits import Fold
 from autossl.data.workspace import Workspace
 
@@ -301,8 +301,7 @@ def read_run(folder: Path) -> RunSpec:
     try:
         return RunSpec.model_validate(read_json(path))
     except ValidationError as error:
-        faults = [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
-        found = "; ".join(faults)
+        found = "; ".join(schema_faults(error))
     except InvalidInput as error:
         found = error.problems[0].found
     fix = "restore the file, or start the run again with --overwrite"

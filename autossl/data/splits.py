@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from autossl.data.draws import budget_size, draw_folds, draw_order, normal_budget, place_new
 from autossl.data.files import read_json, write_json
 from autossl.data.leaks import SplitCase, leaks
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 
 if TYPE_CHECKING:
     from autossl.data.hashes import DuplicatePair
@@ -302,16 +302,11 @@ def read_split(path: Path) -> Split:
     try:
         return Split.model_validate(content)
     except ValidationError as error:
-        problems = [
-            Problem(
-                f"{'.'.join(str(part) for part in fault['loc']) or 'the split'}: {fault['msg']}",
-                "a split as autossl_train writes it",
-                "undo the edit; to move a case to another fold, edit 'assigned' and delete the lists 'folds' and 'all'",
-                file=path,
-            )
-            for fault in error.errors()
-        ]
-        raise InvalidInput(problems) from error
+        fix = "undo the edit; to move a case to another fold, edit 'assigned' and delete the lists 'folds' and 'all'"
+        faults = schema_faults(error, "the split")
+        raise InvalidInput(
+            [Problem(fault, "a split as autossl_train writes it", fix, file=path) for fault in faults]
+        ) from error
 
 
 def _refreshed(split: Split, default: Split, table: _Table) -> Split:

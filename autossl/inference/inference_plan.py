@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from autossl.data.files import read_json, write_json
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.data.provenance import Written
 from autossl.data.runs import RunFilter, find_runs
 from autossl.data.workspace import Workspace
@@ -109,7 +109,7 @@ def read_inference_plan(path: Path) -> InferencePlan:
     try:
         return InferencePlan.model_validate(content)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(schema_faults(error, "it"))
         wanted = f"an inference plan as {MAKE_ONE} writes it"
         raise InvalidInput(Problem(faults, wanted, f"make it again with {MAKE_ONE}", file=path)) from error
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autossl.data.files import read_json, write_json
 from autossl.data.labels import LabelSchema
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.data.provenance import Written
 from autossl.data.workspace import Workspace
 from autossl.inference.postprocess import Rule
@@ -89,9 +89,4 @@ def read_postprocessing(path: Path) -> PostprocessingPlan:
     except ValidationError as error:
         wanted = 'rules like {"kind": "keep_largest", "class_name": "liver"}; see the page on postprocessing'
         fix = "correct the file, or find rules again with autossl_find_postprocessing"
-        faults = [
-            (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in error.errors()
-        ]
-        raise InvalidInput(
-            [Problem(f"{place}: {text}" if place else text, wanted, fix, file=path) for place, text in faults]
-        ) from error
+        raise InvalidInput([Problem(fault, wanted, fix, file=path) for fault in schema_faults(error)]) from error

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from autossl.data.geometry import Orientation
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.planners.plans import (
     DATA_KEYS,
     KEYS_THAT_NAME_MODULES,
@@ -86,15 +86,8 @@ def imported_plans(
         ours = _configuration(content, configuration, plan, mirror_axes)
         return Plans.model_validate(_plans(content, configuration, ours, dataset, preset, total_steps))
     except ValidationError as error:
-        problems = [
-            Problem(
-                f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}",
-                "plans as nnU-Net v2 writes them",
-                FIX,
-                file=file,
-            )
-            for fault in error.errors()
-        ]
+        expected = "plans as nnU-Net v2 writes them"
+        problems = [Problem(fault, expected, FIX, file=file) for fault in schema_faults(error)]
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         problems = [
             Problem(f"plans that make no sense ({error!r:.200})", "plans as nnU-Net writes them", FIX, file=file)

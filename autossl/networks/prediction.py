@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.networks.build import build_network
 from autossl.networks.decoders import DecoderVariant, Upsampling
 from autossl.networks.features import decode, encode
@@ -133,16 +133,9 @@ class PredictionSpec(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise InvalidInput(
-                [
-                    Problem(
-                        f"prediction.{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}",
-                        "a prediction as autossl_train writes it",
-                        "use a checkpoint of this version of autossl",
-                    )
-                    for fault in error.errors()
-                ]
-            ) from error
+            expected, fix = "a prediction as autossl_train writes it", "use a checkpoint of this version of autossl"
+            faults = schema_faults(error, "the whole")
+            raise InvalidInput([Problem(f"prediction, {fault}", expected, fix) for fault in faults]) from error
 
 
 class DecoderEnsemble(nn.Module):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autossl.data.problems import InvalidInput, Problem
+import pytest
+from pydantic import BaseModel, ValidationError, model_validator
+
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 
 
 def problem(case: str | None, found: str = "too dark") -> Problem:
@@ -34,3 +37,31 @@ def test_what_a_terminal_would_obey_is_shown_as_its_code() -> None:
     odd = Problem("a name 'x\x1b[2J'", "lines:\n  one", "rename it", file=Path("a\nb\udcff\u202e.nii"))
     assert str(odd) == ("a\\nb\\udcff\\u202e.nii: a name 'x\\x1b[2J'. Expected: lines:\n  one. What to do: rename it.")
     assert str(InvalidInput([odd, odd])).isascii()
+
+
+class Inner(BaseModel):
+    number: int
+
+
+class Outer(BaseModel):
+    inner: list[Inner]
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Outer:
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+def test_faults_of_a_schema_name_their_place_and_say_no_word_of_the_library() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate({"inner": [{"number": 1}, {"number": "x"}], "low": []})
+    first, second = schema_faults(caught.value)
+    assert first.startswith("inner.1.number: Input should be a valid integer")
+    assert second.startswith("low: ")
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate({"inner": [], "low": 2})
+    assert schema_faults(caught.value) == ["low must be below high"]
+    assert schema_faults(caught.value, "the plan") == ["the plan: low must be below high"]

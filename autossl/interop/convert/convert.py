@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from autossl.data.description import DatasetDescription
 from autossl.data.files import replace_folder, write_json
 from autossl.data.parallel import parallel_map
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.data.raw_dataset import Pool, RawDataset, read_raw_dataset
 from autossl.data.splits import Split, SplitCase
 from autossl.data.workspace import DATASET_NAME, Workspace
@@ -186,7 +186,7 @@ def _check_description(source: SourceDataset, request: ConvertRequest) -> None:
     try:
         DatasetDescription.model_validate(_description(source, request))
     except ValidationError as error:
-        messages = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+        messages = "; ".join(schema_faults(error))
         fix = "correct --label and --channels, or the source's description"
         raise InvalidInput(Problem(messages, "labels and channels that dataset.json can hold", fix)) from error
 

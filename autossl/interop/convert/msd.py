@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autossl.data.files import read_json
-from autossl.data.problems import InvalidInput, Problem
+from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.interop.convert.nifti_files import copy_nifti, split_channels, stem, volume_fault
 from autossl.interop.convert.source import (
     CaseFiles,
@@ -100,10 +100,8 @@ def _read_description(folder: Path) -> _Description:
     try:
         return _Description.model_validate(content)
     except ValidationError as error:
-        faults = [(".".join(str(part) for part in fault["loc"]), fault["msg"]) for fault in error.errors()]
-        raise InvalidInput(
-            [Problem(f"{place}: {message}", LISTS, "correct dataset.json", file=path) for place, message in faults]
-        ) from error
+        faults = schema_faults(error)
+        raise InvalidInput([Problem(fault, LISTS, "correct dataset.json", file=path) for fault in faults]) from error
 
 
 def _label_problems(folder: Path, description: _Description) -> list[Problem]:
