@@ -16,10 +16,11 @@ import numpy as np
 
 from autossl.data.geometry import Geometry
 from autossl.data.image_io import read_label
+from autossl.data.locks import hold
 from autossl.data.probabilities import probabilities_file, write_probabilities_quantized
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.raw_dataset import read_raw_dataset
-from autossl.data.runs import FoundRun
+from autossl.data.runs import FoundRun, fold_lock
 from autossl.data.splits import read_split
 from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
@@ -33,6 +34,8 @@ from autossl.networks.device import resolve_device
 logger = logging.getLogger(__name__)
 
 VALIDATION_FOLDER = "validation"
+FOLD_WAIT_S = 5.0
+"""For a training of the fold that was told to stop, or that only writes its last scores."""
 OnCase = Callable[[int, int, str], None]
 """(cases done, cases in all, case)."""
 
@@ -107,7 +110,8 @@ def predict_out_of_fold(
         The cases that were predicted.
 
     Raises:
-        InvalidInput: a case is not preprocessed (nothing is predicted then), or a checkpoint cannot be read.
+        InvalidInput: a case is not preprocessed (nothing is predicted then), a checkpoint cannot be read, or another
+            process works on the fold.
     """
     device, wanted = resolve_device(device), Wanted(probabilities=True)
     todo = {}
@@ -122,14 +126,15 @@ def predict_out_of_fold(
     _check_preprocessed(workspace, [(model, case) for model, _, cases in todo.values() for case in cases])
     names = [case for _, _, cases in todo.values() for case in cases]
     done = 0
-    for model, outputs, cases in todo.values():
-        predictor, store = model.load_predictor(Window.of(model.plan), device), _store(workspace, model)
-        for case in cases:
-            restored, geometry = restore_preprocessed(predictor, store, case, model.plans, model.schema, wanted)
-            write_missing(outputs, case, restored, geometry)
-            done += 1
-            if on_case is not None:
-                on_case(done, len(names), case)
+    for fold, (model, outputs, cases) in todo.items():
+        with hold(fold_lock(run.folder, fold), f"fold {fold} of {run.folder.name}", FOLD_WAIT_S):
+            predictor, store = model.load_predictor(Window.of(model.plan), device), _store(workspace, model)
+            for case in cases:
+                restored, geometry = restore_preprocessed(predictor, store, case, model.plans, model.schema, wanted)
+                write_missing(outputs, case, restored, geometry)
+                done += 1
+                if on_case is not None:
+                    on_case(done, len(names), case)
     return names
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from autossl.data.geometry import Geometry
 from autossl.data.image_io import write_label_map, write_scalar_map
 from autossl.data.probabilities import probabilities_file, write_probabilities_quantized
+from autossl.data.problems import InvalidInput, Problem
 from autossl.inference.restore import Restored, Wanted
 
 MAP_ENDING = ".nii.gz"
+NAMES = ("one name per file", "rename one of the cases, or predict without --save_uncertainty")
 
 
 class OutputFolder:
@@ -43,6 +46,18 @@ class OutputFolder:
     def is_complete(self, case: str) -> bool:
         """Whether all that is wanted is there."""
         return all(path.is_file() for path in self.files(case))
+
+    def check_names(self, cases: Iterable[str]) -> None:
+        """Refuses cases of which one's label map would have the name of another's map of uncertainty."""
+        label_maps = {self.label_map(case): case for case in cases}
+        problems = [
+            Problem(f"{path.name} would be the label map of {label_maps[path]}, and a map of uncertainty", *NAMES, case)
+            for case in label_maps.values()
+            for path in self.files(case)[:-1]
+            if path in label_maps
+        ]
+        if problems:
+            raise InvalidInput(problems)
 
     def write(self, case: str, restored: Restored, geometry: Geometry) -> None:
         """Writes a case; a label map of before is removed first, so that old and new never stand side by side."""

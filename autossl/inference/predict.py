@@ -105,6 +105,7 @@ def predict(request: PredictRequest, on_progress: OnProgress | None = None) -> P
     chosen = dict(list(cases.items())[request.part_id :: request.num_parts])
     wanted = Wanted(request.save_probabilities, request.save_uncertainty)
     outputs = OutputFolder(request.output, model.first.description.file_ending, wanted, model.n_voters)
+    outputs.check_names(cases)
     asked = asked_backend(request, device)
     record = record_of(request, chosen_model, channels) | {"backend": asked}
     with _held(request):

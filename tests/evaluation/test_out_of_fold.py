@@ -13,10 +13,11 @@ from tiny_model import DATASET, tiny_plans, write_tiny_images, write_tiny_run
 from autossl.data.files import write_json
 from autossl.data.image_io import read_image, read_label
 from autossl.data.labels import LabelSchema
+from autossl.data.locks import hold
 from autossl.data.probabilities import labels_of, read_probabilities
 from autossl.data.problems import InvalidInput
 from autossl.data.raw_dataset import read_raw_dataset
-from autossl.data.runs import FoundRun, find_runs, read_run
+from autossl.data.runs import FoundRun, find_runs, fold_lock, read_run
 from autossl.data.splits import load_or_make_split, split_cases
 from autossl.data.store import CaseStore
 from autossl.data.workspace import Workspace
@@ -107,6 +108,17 @@ def test_scored_label_maps_stay_and_a_difference_is_told(
     assert sorted(predict_out_of_fold(run, workspace, "cpu")) == ["a1", "a2"]
     assert first.label_map.read_bytes() == before
     assert [record.getMessage()[:12] for record in caplog.records if "today" in record.getMessage()] == ["a1: 1 voxels"]
+
+
+def test_a_fold_that_another_process_works_on_is_left_alone(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autossl.evaluation.out_of_fold.FOLD_WAIT_S", 0.0)
+    run = the_run(workspace)
+    with hold(fold_lock(run.folder, "0"), "fold 0"), pytest.raises(InvalidInput, match="fold 0 of"):
+        predict_out_of_fold(run, workspace, "cpu")
+    assert not (run.folder / "fold_0" / "validation").exists()
+    assert sorted(predict_out_of_fold(run, workspace, "cpu")) == CASES
 
 
 def test_all_that_is_missing_is_named_together(workspace: Workspace) -> None:

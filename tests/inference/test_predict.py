@@ -165,6 +165,17 @@ def test_a_run_is_found_by_its_dataset(tmp_path: Path) -> None:
     assert predict(replace(request, run=RunFilter(seed=1))).model.name.endswith("seed-1")
 
 
+def test_no_label_map_takes_the_place_of_a_map_of_uncertainty(
+    request_of: Callable[..., PredictRequest], tmp_path: Path
+) -> None:
+    images = write_tiny_images(tmp_path / "two", ["a", "a_entropy"])
+    request = request_of(input=images, save_uncertainty=True)
+    with pytest.raises(InvalidInput, match=r"case a: a_entropy\.nii\.gz would be the label map of a_entropy"):
+        predict(request)
+    assert not request.output.exists()
+    assert predict(replace(request, save_uncertainty=False)).predicted == ("a", "a_entropy")
+
+
 def test_resume_predicts_only_what_is_missing(request_of: Callable[..., PredictRequest]) -> None:
     request = request_of(save_probabilities=True)
     predict(request)
