@@ -1,19 +1,29 @@
 """Which unlabeled cases are worth labeling next: a ranking with its reasons, a pure function of what was measured.
 
-A case is worth labeling where the trained networks disagree about it, where there is something to outline, and where it
-is unlike what is labeled; of cases that resemble each other one is enough. With terms from 0 to 1:
+A case is worth labeling for what it tells about the pool: it should resemble many cases on which the trained networks
+disagree and in which there is much to outline, and which resemble nothing that is labeled or chosen already. The list
+is made greedily; the next case c is the one with the largest
+
+    gain(c) = Σᵢ needᵢ · max(0, k(i, c) - kᵢ) / Σᵢ needᵢ,    k(i, c) = exp(-(d(i, c) / h)²)
+
+over all candidates i, where kᵢ is the largest k(i, ·) of a labeled or earlier case, d the distance of two scans by
+appearance and predicted volumes, h its median, and needᵢ the mean of two terms from 0 to 1:
 
 - *disagreement*: the case's place among all candidates (mid-rank) by 1 - Dice between the folds of a run and between
   runs. Disagreement of members is the sort of score that did best among plain ones for segmentation (nnActive, arXiv
-  2511.19183), and the list of least stable cases is what challenge winners handed to their annotators.
+  2511.19183).
 - *volume*: mean over the classes of predicted volume / median labeled volume, at most 1. Choosing among cases that show
-  much foreground is what is hard to beat by any score (same study), hence a term of its own.
-- *shift*: 1 - 1/r, where r is the distance to the nearest labeled case over the usual distance between labeled cases;
-  0 where r is below 1.
-- *closeness* to what was chosen before (or is labeled): exp(-(d/h)²), h the median distance of two candidates; 1 for
-  scans of one patient and for duplicates. It is taken off: the list is made greedily, so that it is diverse.
+  much foreground is what is hard to beat by any score (same study).
 
-Weights were set by thought, not tuned; benchmarks/label_next_simulation.py measures what the ranking is worth.
+This is facility location, whose greedy choice reaches at least 63 % of the best gain (Nemhauser, Wolsey and Fisher,
+1978). Shift from the labeled pool and diversity of the list need no weights of their own: near what is labeled or
+chosen nothing is gained. Scans of one patient and duplicates count as the same case.
+
+The sum over the pool is what matters with few labels. The first version of this ranking took the cases with the largest
+disagreement and shift themselves, as one would with many labels; with 8 of them these were the odd ones of the pool,
+and a network trained with 8 more such cases was worse than with 8 at random, and than without (docs/labeling.md). That
+few labels ask for typical cases is known (Hacohen et al., arXiv 2202.02794). benchmarks/label_next_simulation.py
+measures what the ranking is worth.
 """
 
 from __future__ import annotations
@@ -35,19 +45,18 @@ LabelMap = npt.NDArray[np.integer[Any]]
 VOXELS_AT_ONCE = 2**22
 MAX_DEVIATION = 5.0
 """Standardized features are cut here, so that one odd number does not decide a distance."""
+ROUNDING = 1e-6
+"""Of a distance between equal scans."""
 NOTEWORTHY = 0.5
 """Terms from here on are given as reasons; the largest one always is."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the terms in the score."""
+    """Of the terms in the need of a case."""
 
     disagreement: float = 0.5
-    volume: float = 0.25
-    shift: float = 0.25
-    closeness: float = 0.5
-    """Taken off."""
+    volume: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,9 @@ class RankedCase:
     rank: int | None
     """From 1; None: not among those asked for."""
     score: float
-    """When it was chosen; for the others, after all that were chosen."""
+    """Its gain when it was chosen; for the others, after all that were chosen."""
     terms: Mapping[str, float]
+    """disagreement, volume; shift: 1 - 1 / the measured ratio; closeness: to the nearest labeled or earlier case."""
     measured: Mapping[str, Any]
     reasons: tuple[str, ...] = field(default=())
 
@@ -157,21 +167,21 @@ def rank_cases(
     terms = {
         "disagreement": _places([_disagreement_of(case) for case in candidates]),
         "volume": np.array([_volume_term(case, candidates, labeled) for case in candidates]),
-        "shift": np.clip(1 - 1 / np.maximum(distances.shift_ratio, 1), 0, 1),
     }
-    value = np.sum([getattr(weights, name) * term for name, term in terms.items()], axis=0)
-    known = np.array([float(_is_known(case, labeled, alike)) for case in candidates])
+    need = np.sum([getattr(weights, name) * term for name, term in terms.items()], axis=0)
+    terms["shift"] = np.clip(1 - 1 / np.maximum(distances.shift_ratio, 1), 0, 1)
+    known = np.array([_is_known(case, labeled, alike) for case in candidates])
     middle = _medians(candidates)
     result = []
-    for place, choice in enumerate(_choose(candidates, value, known, distances, n, weights.closeness, alike), 1):
+    for place, choice in enumerate(_choose(candidates, need, known, distances, n, alike), 1):
         case, index = candidates[choice.index], choice.index
         own = {name: float(term[index]) for name, term in terms.items()} | {"closeness": choice.closeness}
-        measured = _measured(case, distances, index)
+        measured = _measured(case, distances, index) | {"represents": choice.represents}
         result.append(
             RankedCase(
                 case=case.case,
                 rank=place if place <= n else None,
-                score=round(choice.score, 4),
+                score=round(choice.gain, 4),
                 terms={name: round(term, 4) for name, term in own.items()},
                 measured=measured,
                 reasons=_reasons(case, own, measured, middle, labeled),
@@ -183,33 +193,44 @@ def rank_cases(
 @dataclass(frozen=True)
 class _Choice:
     index: int
-    score: float
+    gain: float
     closeness: float
+    """To the nearest labeled or earlier case."""
+    represents: int
+    """Candidates that resemble it more than any labeled or earlier case."""
 
 
 def _choose(
     candidates: Sequence[CaseEvidence],
-    value: FloatArray,
-    known: FloatArray,
+    need: FloatArray,
+    known: npt.NDArray[np.bool_],
     distances: _Distances,
     n: int,
-    weight: float,
     alike: Collection[frozenset[str]],
 ) -> list[_Choice]:
-    """The `n` best one after the other, each making those close to it worth less; then the others."""
-    closeness, left = known, set(range(len(candidates)))
+    """The `n` best one after the other, then the others; of cases that gain the same, the needier one."""
+    alike_to, covered = distances.closeness(), np.where(known, 1.0, distances.closeness_to_labeled())
+    alike_to[known] = 0.0  # what they show is known
+    left = set(range(len(candidates)))
     chosen: list[_Choice] = []
+    total = float(need.sum()) or 1.0
 
-    def order(index: int) -> tuple[float, str]:
-        return float(weight * closeness[index] - value[index]), candidates[index].case
+    def choices() -> list[_Choice]:
+        more = np.maximum(alike_to - covered, 0.0)
+        gains = np.round(more @ need / total, 12)  # so that sums of equal numbers tie
+        found = [_Choice(i, float(gains[i]), float(covered[i]), int((more[i] > 0).sum())) for i in left]
+        return sorted(found, key=lambda c: (-c.gain, -need[c.index], candidates[c.index].case))
 
     while left and len(chosen) < n:
-        best = min(left, key=order)
-        chosen.append(_Choice(best, -order(best)[0], float(closeness[best])))
-        left.remove(best)
-        together = [float(_belong_together(candidates[best], other, alike)) for other in candidates]
-        closeness = np.maximum.reduce([closeness, distances.closeness(best), np.array(together)])
-    return chosen + [_Choice(index, -order(index)[0], float(closeness[index])) for index in sorted(left, key=order)]
+        best = choices()[0]
+        chosen.append(best)
+        left.remove(best.index)
+        for index, other in enumerate(candidates):
+            if _belong_together(candidates[best.index], other, alike):
+                alike_to[index] = np.minimum(alike_to[index], alike_to[best.index])
+                covered[index] = 1.0
+        covered = np.maximum(covered, alike_to[best.index])
+    return chosen + choices()
 
 
 # ------------------------------------------------------------------------------------------------------------- terms
@@ -267,16 +288,25 @@ class _Distances:
         others = self._between[np.triu_indices(len(points), 1)]
         self._usual = float(np.median(others)) if len(others) else 0.0
         anchors = np.concatenate(known, axis=1)
-        to_labeled = _pairwise(points, anchors)
-        self.nearest = [int(index) for index in to_labeled.argmin(1)] if len(anchors) else []
-        self.shift_ratio = _ratio(to_labeled, _pairwise(anchors, anchors))
+        self._to_labeled = _pairwise(points, anchors)
+        self.nearest = [int(index) for index in self._to_labeled.argmin(1)] if len(anchors) else []
+        self.shift_ratio = _ratio(self._to_labeled, _pairwise(anchors, anchors))
         self._known = known
 
-    def closeness(self, one: int) -> FloatArray:
-        """exp(-(d/h)²) of a candidate to each."""
+    def closeness(self) -> FloatArray:
+        """[candidates, candidates] exp(-(d/h)²)."""
+        return self._kernel(self._between)
+
+    def closeness_to_labeled(self) -> FloatArray:
+        """[candidates] the same to the nearest labeled case; 0 where none is labeled."""
+        if not self.nearest:
+            return np.zeros(len(self._between))
+        return self._kernel(self._to_labeled.min(axis=1))
+
+    def _kernel(self, distance: FloatArray) -> FloatArray:
         if self._usual == 0:
-            return np.ones(len(self._between))
-        return np.asarray(np.exp(-((self._between[one] / self._usual) ** 2)), dtype=np.float64)
+            return np.asarray(distance < ROUNDING, dtype=np.float64)
+        return np.asarray(np.exp(-((distance / self._usual) ** 2)), dtype=np.float64)
 
     def odd_group(self, index: int) -> str | None:
         """The group of features in which a candidate differs most from its nearest labeled case."""
@@ -344,7 +374,7 @@ def _reasons(
     middle: Mapping[str, float],
     labeled: LabeledPool,
 ) -> tuple[str, ...]:
-    """Sentences with the figures, the strongest term first; empty where nothing speaks for the case."""
+    """Sentences with the figures: what it stands for, then the strongest term first; empty where nothing speaks so."""
     volumes = _volumes(case, labeled)
     texts = {
         "disagreement": "; ".join(
@@ -360,6 +390,10 @@ def _reasons(
     }
     usable = [name for name in sorted(texts, key=lambda name: -terms[name]) if texts[name]]
     said = [texts[name] for name in usable if terms[name] >= NOTEWORTHY] or [texts[name] for name in usable[:1]]
+    if measured["represents"] > 1:
+        said.insert(
+            0, f"{measured['represents']} candidates resemble it more than anything labeled or higher on the list"
+        )
     if terms["closeness"] >= NOTEWORTHY:
         said.append("although it resembles one that is labeled or higher on the list")
     return tuple(said)
