@@ -391,9 +391,8 @@ def _reasons(
     usable = [name for name in sorted(texts, key=lambda name: -terms[name]) if texts[name]]
     said = [texts[name] for name in usable if terms[name] >= NOTEWORTHY] or [texts[name] for name in usable[:1]]
     if measured["represents"] > 1:
-        said.insert(
-            0, f"{measured['represents']} candidates resemble it more than anything labeled or higher on the list"
-        )
+        number = measured["represents"]
+        said.insert(0, f"stands for {number} candidates: nearer to them than anything labeled or higher on the list")
     if terms["closeness"] >= NOTEWORTHY:
         said.append("although it resembles one that is labeled or higher on the list")
     return tuple(said)

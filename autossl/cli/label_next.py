@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from autossl.evaluation.label_evidence import LabelNextRequest, LabelNextResult
 
 EPILOG = """\
-Every trained fold of the runs that fit predicts the unlabeled cases; where they disagree, where there is much to
-outline, and what is unlike the labeled cases comes first, and no two that resemble each other.
+Every trained fold of the runs that fit predicts the unlabeled cases. A case comes first that resembles many on which
+they disagree and in which there is much to outline, and which are unlike what is labeled or higher on the list.
 
 Then label them, move their images from imagesUn to imagesTr, put the label maps into labelsTr, and go on:
   autossl_plan_and_preprocess -d 4 --preset nano
@@ -80,7 +80,7 @@ def _print_result(result: LabelNextResult) -> None:
     voters = f"{networks} networks of {len(result.models)} runs"
     print(f"{len(chosen)} of {len(result.ranked)} unlabeled cases, by {voters}:")
     for case in chosen:
-        print(f"{case.rank:4}. {case.case}  (score {case.score:.2f})")
+        print(f"{case.rank:4}. {case.case}  ({case.score:.1%} of the need)")
         for reason in case.reasons:
             print(f"      {reason}")
     for name, why in result.left_out.items():

@@ -13,7 +13,6 @@ from autossl.data.labels import LabelSchema
 from autossl.evaluation.label_next import (
     CaseEvidence,
     LabeledPool,
-    Weights,
     class_disagreement,
     disagreement,
     majority_vote,
@@ -113,39 +112,79 @@ def test_shift_is_the_distance_in_units_of_the_labeled_pool() -> None:
     assert ranked["far"].terms["shift"] == pytest.approx(1 - 1 / ratio, abs=1e-3)
     assert ranked["far"].measured["differs_most_in"] == "size"
     assert ranked["a0"].terms["shift"] == 0
-    assert next(iter(ranked)) == "far"
+
+
+def placed(name: str, size: float, **changes: Any) -> CaseEvidence:
+    """A candidate at a place on a line, far from everything that is labeled."""
+    return case(name, features={"size": (size, 1.0), "level": (5.0,)}, **changes)
+
+
+def far_pool() -> LabeledPool:
+    return pool(features=tuple({"size": (-30.0 - n, 1.0), "level": (5.0,)} for n in range(3)))
+
+
+def test_the_gain_is_what_a_case_tells_about_the_needs_of_the_pool() -> None:
+    """One feature that varies, nothing labeled: the formula of the module, by hand."""
+    sizes, losses = (1.0, 2.0, 4.0), (0.1, 0.3, 0.2)
+    cases = [placed(name, size, fold_disagreement=loss) for name, size, loss in zip("abc", sizes, losses, strict=True)]
+    need = np.array([(place / 6 + 1.0) / 2 for place in (1, 5, 3)])  # mid-ranks 1/6, 5/6, 3/6; all of full volume
+    distance = np.abs(np.subtract.outer(sizes, sizes))  # h is the median of 1, 2 and 3, in any unit
+    alike = np.exp(-((distance / 2) ** 2))
+    gains = alike @ need / need.sum()
+    ranked = rank_cases(cases, pool(cases=(), patients=frozenset(), features=()), 2)
+    assert [found.case for found in ranked] == ["b", "c", "a"]
+    assert ranked[0].score == pytest.approx(gains[1], abs=1e-4)
+    second = np.maximum(alike - alike[1], 0) @ need / need.sum()
+    assert ranked[1].score == pytest.approx(second[2], abs=1e-4)
+    assert ranked[1].terms["closeness"] == pytest.approx(alike[1, 2], abs=1e-4)
+    covered = np.maximum(alike[1], alike[2])
+    assert ranked[2].score == pytest.approx((np.maximum(alike[0] - covered, 0) @ need) / need.sum(), abs=1e-4)
+    assert [found.measured["represents"] for found in ranked] == [3, 1, 1]
+
+
+def test_a_typical_case_comes_before_an_odd_one_that_is_disputed_more() -> None:
+    crowd = [placed(f"a{n}", 1.0 + 0.01 * n, fold_disagreement=0.3) for n in range(6)]
+    odd = placed("odd", 9.0, fold_disagreement=0.9)
+    ranked = rank_cases([*crowd, odd], far_pool(), 2)
+    assert ranked[0].case.startswith("a")
+    assert ranked[1].case == "odd", "the crowd needs one case, and has it"
+    assert ranked[0].measured["represents"] == 6
+    assert ranked[0].reasons[0].startswith("stands for 6 candidates")
 
 
 def test_of_cases_that_resemble_each_other_one_is_enough() -> None:
-    here, there = {"size": (1.0, 1.0), "level": (5.0,)}, {"size": (1.2, 1.0), "level": (5.0,)}
     cases = [
-        case("a", fold_disagreement=0.9, features=here),
-        case("b", fold_disagreement=0.8, features=here),
-        case("c", fold_disagreement=0.7, features=there),
+        placed("a", 1.0, fold_disagreement=0.9),
+        placed("b", 1.0, fold_disagreement=0.8),
+        placed("c", 3.0, fold_disagreement=0.1),
     ]
-    assert order(*cases, n=2) == ["a", "c", "b"]
-    assert order(*cases, n=2, weights=Weights(closeness=0)) == ["a", "b", "c"]
-    assert order(*cases, n=1) == ["a", "c", "b"]
+    assert order(*cases, n=2, labeled=far_pool()) == ["a", "c", "b"]
+    near_c = pool(features=({"size": (3.0, 1.0), "level": (5.0,)},) * 3)
+    assert order(*cases, n=2, labeled=near_c)[:2] == ["a", "b"], "c is known, b is worth as little and needs more"
 
 
-def test_scans_of_one_patient_and_duplicates_count_as_close() -> None:
-    apart = [{"size": (size, 1.0), "level": (5.0,)} for size in (1.0, 1.1, 1.2)]
-    cases = [case(name, fold_disagreement=0.9 - 0.1 * n, features=apart[n]) for n, name in enumerate("abc")]
-    assert order(*cases, n=2)[0] == "a"
-    same = [cases[0], cases[1], replace(cases[2], patient="a")]
-    assert {found.case: found.terms["closeness"] for found in rank_cases(same, pool(), 1)}["c"] == 1
-    twins = {frozenset(("a", "b"))}
-    assert {found.case: found.terms["closeness"] for found in rank_cases(cases, pool(), 1, alike=twins)}["b"] == 1
-    known = rank_cases([replace(cases[0], patient="x"), cases[1]], pool(), 1)
-    assert known[0].case == "b", "a labeled patient's scan comes later"
+def test_scans_of_one_patient_and_duplicates_count_as_the_same_case() -> None:
+    cases = [placed(name, size, fold_disagreement=0.5) for name, size in (("a", 1.0), ("b", 2.0), ("c", 5.0))]
+    twins = {frozenset(("b", "c"))}
+    apart = rank_cases(cases, far_pool(), 3)
+    assert [found.case for found in apart][:2] == ["b", "c"]
+    assert [found.case for found in rank_cases(cases, far_pool(), 3, alike=twins)] == ["b", "a", "c"]
+    same = [cases[0], cases[1], replace(cases[2], patient="b")]
+    last = rank_cases(same, far_pool(), 3)[-1]
+    assert (last.case, last.score, last.terms["closeness"]) == ("c", 0.0, 1.0)
+    known = rank_cases([replace(cases[1], patient="x"), *cases[::2]], far_pool(), 3)
+    assert (known[-1].case, known[-1].score) == ("b", 0.0), "a labeled patient's scan comes last"
 
 
 def test_each_case_says_why_with_its_figures() -> None:
-    cases = [case("a", fold_disagreement=0.6, volumes={"organ": 30.0}), case("b"), case("c")]
-    first = rank_cases(cases, pool(), 1)[0]
+    little = {"organ": 40.0}
+    cases = [case("a", fold_disagreement=0.6, volumes=little), case("b", volumes=little), case("c", volumes=little)]
+    first, second, _ = rank_cases(cases, far_pool(), 2)
     assert (first.case, first.rank) == ("a", 1)
-    assert first.reasons == ("folds agree to a Dice of 0.40 (median of all candidates 0.80)",)
-    volume = rank_cases(cases[1:], pool(), 1)[0]
+    assert first.reasons[0] == "stands for 3 candidates: nearer to them than anything labeled or higher on the list"
+    assert "folds agree to a Dice of 0.40 (median of all candidates 0.80)" in first.reasons
+    assert second.reasons[-1] == "although it resembles one that is labeled or higher on the list"
+    (volume,) = rank_cases([case("b")], far_pool(), 1)
     assert "much to outline: organ 1.0 × the labeled median" in volume.reasons
 
 
