@@ -21,7 +21,7 @@ chosen nothing is gained. Scans of one patient and duplicates count as the same 
 
 The sum over the pool is what matters with few labels. The first version of this ranking took the cases with the largest
 disagreement and shift themselves, as one would with many labels; with 8 of them these were the odd ones of the pool,
-and a network trained with 8 more such cases was worse than with 8 at random, and than without (docs/labeling.md). That
+and a short training with 8 more such cases was worse than with 8 at random, and than without (docs/labeling.md). That
 few labels ask for typical cases is known (Hacohen et al., arXiv 2202.02794). benchmarks/label_next_simulation.py
 measures what the ranking is worth.
 """
