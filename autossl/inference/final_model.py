@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,13 @@ from autossl.inference.restore import Restored, Wanted
 from autossl.inference.uncertainty import normalized_entropy, pairwise_disagreement
 from autossl.networks.prediction import Activation
 from autossl.preprocessing.prepare import prepare_case
+
+logger = logging.getLogger(__name__)
+
+AS_CHOSEN = (
+    "choice, verdict and postprocessing are those of the shorter run; autossl_run makes them anew, or "
+    "autossl_find_best_configuration and autossl_find_postprocessing"
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,10 @@ def planned_model(workspace: Workspace, plan: InferencePlan, path: Path | None =
             problems.append(Problem(found, "members with the same", fix, file=path))
     if problems:
         raise InvalidInput(problems)
+    for chosen, member in zip(plan.members, members, strict=True):
+        if chosen.total_steps not in (None, member.run.total_steps):
+            steps = f"from {chosen.total_steps} to {member.run.total_steps} steps"
+            logger.warning("%s was extended %s after it was chosen: %s", chosen.name, steps, AS_CHOSEN)
     return FinalModel(members)
 
 

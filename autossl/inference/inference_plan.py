@@ -30,6 +30,8 @@ class PlanMember(_Schema):
     run: str
     """Its folder relative to results/, with '/': `Dataset004_Hippocampus/default/2d__nano__supervised__seed-0`."""
     folds: tuple[str, ...] = Field(min_length=1)
+    total_steps: int | None = None
+    """Of the run when it was chosen; None: not known. One that was extended since is another model."""
 
     @field_validator("run")
     @classmethod

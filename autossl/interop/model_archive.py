@@ -27,7 +27,7 @@ from autossl.data.files import atomic_write, file_hash, write_json
 from autossl.data.problems import InvalidInput, Problem
 from autossl.data.provenance import Written
 from autossl.data.runs import CHECKPOINT_FINAL, RUN_FILE, RunFilter
-from autossl.inference.inference_plan import INFERENCE_PLAN_FILE, InferencePlan, PlanMember, write_inference_plan
+from autossl.inference.inference_plan import INFERENCE_PLAN_FILE, InferencePlan, write_inference_plan
 from autossl.inference.model_folder import DESCRIPTION_FILE, PLANS_FILE
 from autossl.interop.deployed import deployed_checkpoint, is_public, shared_description, shared_plans, shared_run
 from autossl.interop.model_card import CardFacts, model_card
@@ -147,7 +147,7 @@ def installed_name(split: str) -> str:
 def relocated(plan: InferencePlan, name: str) -> InferencePlan:
     """The plan with its members in results/DATASET/`name`."""
     members = tuple(
-        PlanMember(run=f"{plan.dataset}/{name}/{member.name}", folds=member.folds) for member in plan.members
+        member.model_copy(update={"run": f"{plan.dataset}/{name}/{member.name}"}) for member in plan.members
     )
     return plan.model_copy(update={"split": name, "members": members})
 

@@ -92,7 +92,13 @@ def _single(folder: Path, folds: Sequence[str] | None) -> ModelSource:
     plan = InferencePlan(
         dataset=model.run.dataset,
         split=model.run.split,
-        members=(PlanMember(run=f"{model.run.dataset}/{model.run.split}/{folder.name}", folds=model.folds),),
+        members=(
+            PlanMember(
+                run=f"{model.run.dataset}/{model.run.split}/{folder.name}",
+                folds=model.folds,
+                total_steps=model.run.total_steps,
+            ),
+        ),
         combine="single",
         why="its owner named this run; it was not chosen by a comparison.",
         labels=labels,

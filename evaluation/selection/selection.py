@@ -242,7 +242,14 @@ def _plan_of(choice: Choice, scored: ScoredCandidates, workspace: Workspace, dat
     patients = {case.case: case.patient for case in scored.cases}
     folds = sorted({case.fold for case in scored.cases}, key=int)
     labeled = sorted({case for run in runs for fold in folds for case in run.spec.folds[fold].labeled})
-    members = [PlanMember(run=run.folder.relative_to(workspace.results).as_posix(), folds=tuple(folds)) for run in runs]
+    members = [
+        PlanMember(
+            run=run.folder.relative_to(workspace.results).as_posix(),
+            folds=tuple(folds),
+            total_steps=run.spec.total_steps,
+        )
+        for run in runs
+    ]
     return InferencePlan(
         dataset=dataset,
         split=split,

@@ -106,6 +106,18 @@ def test_a_plan_of_two_members_says_how_they_are_combined(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------------------------- predicting
 
 
+def test_a_run_that_was_extended_after_it_was_chosen_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written_plan(tiny_workspace(tmp_path), {"a": ("0",)})
+    plan = read_inference_plan(path)
+    predicted(tmp_path, "unknown")
+    for steps in (10, 6):
+        members = (plan.members[0].model_copy(update={"total_steps": steps}),)
+        write_inference_plan(path, plan.model_copy(update={"members": members}))
+        predicted(tmp_path, f"after {steps}")
+    told = [record.getMessage() for record in caplog.records if "extended" in record.getMessage()]
+    assert [text.split(" after")[0] for text in told] == ["a was extended from 6 to 10 steps"]
+
+
 def test_an_ensemble_predicts_the_mean_of_its_members_probabilities(tmp_path: Path) -> None:
     workspace = tiny_workspace(tmp_path)
     plan = written_plan(workspace, {"a": ("0", "1"), "b": ("1", "2")})
