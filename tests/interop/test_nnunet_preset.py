@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from planned_phantom import planned_phantom
 
-from autossl.data.phantom import PhantomSettings, make_phantom_dataset
+from autossl.data.phantom import PhantomSettings
 from autossl.data.problems import InvalidInput
 from autossl.data.workspace import Workspace
 from autossl.inference.model_folder import TrainedModel
 from autossl.interop.nnunet_import import ImportRequest, import_nnunet
 from autossl.interop.nnunet_preset import plan_training
 from autossl.networks.build import build_network
-from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
-from autossl.planners.plan_experiment import PlanOptions
 from autossl.planners.plans import ConfigurationPlan, read_plans
 from autossl.trainers.train import TrainRequest, train
 
@@ -26,11 +25,7 @@ PHANTOM = PhantomSettings(n_labeled=5, n_unlabeled=2, n_test=0, shape_zyx=(4, 16
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("preset"))
-    make_phantom_dataset(workspace.raw, PHANTOM)
-    options = PlanOptions(preset="nano", configurations=("2d",))
-    plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, options, n_workers=1))
-    return workspace
+    return planned_phantom(tmp_path_factory.mktemp("preset"), PHANTOM)
 
 
 def own_plans(workspace: Workspace) -> Path:

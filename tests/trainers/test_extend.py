@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from planned_phantom import planned_phantom
 
 import autossl.trainers.train as behind
 from autossl.data.locks import hold
-from autossl.data.phantom import PhantomSettings, make_phantom_dataset
+from autossl.data.phantom import PhantomSettings
 from autossl.data.problems import InvalidInput
 from autossl.data.runs import FoundRun, RunFilter, find_runs, fold_lock, read_run
 from autossl.data.workspace import Workspace
 from autossl.inference.checkpoint import read_checkpoint
-from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
-from autossl.planners.plan_experiment import PlanOptions
 from autossl.planners.plans import read_plans
 from autossl.trainers.loop import TrainingInterrupted
 from autossl.trainers.train import TrainHooks, TrainRequest, train
@@ -40,10 +39,7 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A finished run of four steps."""
-    workspace = Workspace(tmp_path_factory.mktemp("extend"))
-    make_phantom_dataset(workspace.raw, PHANTOM)
-    options = PlanOptions(preset="nano", configurations=("2d",))
-    plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, options, n_workers=1))
+    workspace = planned_phantom(tmp_path_factory.mktemp("extend"), PHANTOM)
     train(request(workspace))
     return workspace
 

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from planned_phantom import planned_phantom
 from torch import Tensor
 
-from autossl.data.phantom import PhantomSettings, make_phantom_dataset
+from autossl.data.phantom import PhantomSettings
 from autossl.data.problems import InvalidInput
 from autossl.data.store import open_array
 from autossl.data.workspace import Workspace
-from autossl.planners.plan_and_preprocess import PlanRequest, plan_and_preprocess
-from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers.methods.self_training import SelfTraining
 from autossl.trainers.pseudo_labels import PseudoLabelStore
 from autossl.trainers.refresh import PoolPredictor, weights_digest
@@ -40,11 +39,7 @@ PHANTOM = PhantomSettings(n_labeled=6, n_unlabeled=1, n_test=0, shape_zyx=(12, 1
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("self_training"))
-    make_phantom_dataset(workspace.raw, PHANTOM)
-    options = PlanOptions(preset="nano", configurations=("2d",))
-    plan_and_preprocess(PlanRequest(PHANTOM.name, workspace.root, options, n_workers=1))
-    return workspace
+    return planned_phantom(tmp_path_factory.mktemp("self_training"), PHANTOM)
 
 
 @pytest.fixture(scope="module")
