@@ -33,6 +33,7 @@ class MadeUpRow:
     bench: Any
     called: list[str] = field(default_factory=list)
     size: int = 1
+    samples: int = 50
     same: bool = True
     name: str = "made_up"
     what: str = "nothing"
@@ -58,7 +59,7 @@ class MadeUpRow:
         wall = self.seconds[variant][done]
         if wall < 0:
             raise KeyboardInterrupt
-        return {"wall_s": wall, "peak_pss_mb": 100 * wall, "others_cpu_s": 0.0}
+        return {"wall_s": wall, "peak_pss_mb": 100 * wall, "others_cpu_s": 0.0, "samples": self.samples}
 
 
 def made_up_row(seconds: dict[str, list[float]], **more: Any) -> MadeUpRow:
@@ -107,6 +108,17 @@ def test_medians_are_compared_with_the_fastest_of_the_other(tmp_path: Path) -> N
     assert row["figures"]["reached"] is True
     lines = import_module("versus.results").table({"made_up": row})
     assert lines[1][:6] == ["made_up", "2.00 s, 200 MB", "4.00 s, 400 MB", "1 workers", "0.500", "0.500"]
+
+
+@pytest.mark.parametrize(("samples", "reached"), [(9, False), (10, True)])
+def test_memory_of_runs_too_short_to_sample_is_no_figure(tmp_path: Path, samples: int, reached: bool) -> None:
+    target = {"time": 0.5, "memory": 0.5}
+    row = made_up_row({"autossl": [1.0], "nnunet defaults": [2.0]}, samples=samples, target=target)
+    found = measured(row, tmp_path / "f.json", 1)
+    assert found["figures"]["reached"] is reached
+    assert ("memory" in found["figures"]["ratios"]) is reached
+    line = import_module("versus.results").table({"made_up": found})[1]
+    assert line[1:3] == (["1.00 s, 100 MB", "2.00 s, 200 MB"] if reached else ["1.00 s, - MB", "2.00 s, - MB"])
 
 
 @pytest.mark.parametrize(("same", "target", "reached"), [(True, 0.49, False), (False, 0.5, False), (True, 0.5, True)])

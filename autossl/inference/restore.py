@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -188,6 +187,8 @@ def linear_taps(old: int, new: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[
 
 def nearest_slices(old: int, new: int) -> npt.NDArray[np.int64]:
     """The source slice of each target slice along a coarse axis, with nnU-Net's (scipy's) rounding."""
+    from scipy import ndimage  # slow to import, and few predictions need it
+
     places = old / new * (np.arange(new) + 0.5) - 0.5
     slices = ndimage.map_coordinates(np.arange(old, dtype=np.float64), places[None], order=0, mode="nearest")
     return slices.astype(np.int64)

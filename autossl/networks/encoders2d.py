@@ -36,6 +36,9 @@ EFFICIENTNETS = tuple(
     f"efficientnet-{name}" for name in (*(f"lite{n}" for n in range(5)), *(f"b{n}" for n in range(8)))
 )
 STRIDES = (2, 4, 8, 16, 32)
+LITE_INPUT = -0.1, 0.45
+"""Mean and deviation of photographs as EfficientNet-Lite sees them, 2·x - 1 of values in 0..1: of ImageNet's 0.45 and
+0.225. The other encoders see them standardized."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Encoder2D(nn.Module):
 
     in_channels: int
     channels: tuple[int, ...]
+    input_mean, input_std = 0.0, 1.0
+    """Of the values that the weights were made for."""
 
     def train(self, mode: bool = True) -> Encoder2D:
         """Batch norm stays as it is: its statistics are those of the file."""
@@ -200,6 +205,8 @@ class EfficientNetEncoder(Encoder2D):
         self._conv_stem, self._bn0, self._blocks = network._conv_stem, network._bn0, network._blocks
         self._activation = network._swish
         self.in_channels = 3
+        if "lite" in variant:
+            self.input_mean, self.input_std = LITE_INPUT
         self.channels = tuple(block._project_conv.out_channels for block in self._last_of_stride())
 
     def _last_of_stride(self) -> Iterator[Any]:

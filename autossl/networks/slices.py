@@ -57,7 +57,7 @@ class PretrainedUNet(nn.Module):
 
     Args:
         encoder: gives features at strides 2 to 32.
-        channel_std: standard deviation of each image channel; the encoder expects 1.
+        channel_std: standard deviation of each image channel; the encoder gets the mean and deviation it expects.
         n_outputs: channels of logits.
         seed: of the decoder's weights; None draws from the global generator.
     """
@@ -74,7 +74,7 @@ class PretrainedUNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits at full resolution."""
         image = self.mapping(image)
-        return self.decoder(self.encoder(image), image)
+        return self.decoder(self.encoder(image * self.encoder.input_std + self.encoder.input_mean), image)
 
 
 class ChannelMapping(nn.Module):

@@ -19,6 +19,8 @@ from .bench import OURS, Bench, Row, cores
 
 LIBRARIES = ("torch", "numpy", "blosc2", "scipy", "openvino")
 MEMORY = "peak_pss_mb"
+FEWEST_SAMPLES = 10
+"""Of the memory of a run, below which its peak is likely missed."""
 NNUNET_VERSIONS = """
 import json, platform
 from importlib.metadata import version
@@ -112,12 +114,11 @@ def figures(row: Mapping[str, Any]) -> dict[str, Any] | None:
     }
     theirs = {variant: values for variant, values in medians.items() if variant != OURS}
     fastest = min(theirs, key=lambda variant: theirs[variant][row["time"]])
-    ratios = {
-        "time": round(medians[OURS][row["time"]] / theirs[fastest][row["time"]], 4),
-        "memory": round(medians[OURS][MEMORY] / theirs[fastest][MEMORY], 4),
-    }
+    ratios = {"time": round(medians[OURS][row["time"]] / theirs[fastest][row["time"]], 4)}
+    if _memory_is_known(medians[OURS]) and _memory_is_known(theirs[fastest]):
+        ratios["memory"] = round(medians[OURS][MEMORY] / theirs[fastest][MEMORY], 4)
     same = row["same_work"] is not None and bool(row["same_work"]["same"])
-    within = all(ratios[name] <= most for name, most in row["target"].items())
+    within = all(name in ratios and ratios[name] <= most for name, most in row["target"].items())
     return {
         "medians": medians,
         "repetitions": repetitions(row),
@@ -141,16 +142,24 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         lines.append(
             [
                 name,
-                *(f"{values[row['time']]:.2f} s, {values[MEMORY]:.0f} MB" for values in (ours, theirs)),
+                *(f"{values[row['time']]:.2f} s, {_memory_in_words(values)}" for values in (ours, theirs)),
                 found["nnunet_fastest"].removeprefix("nnunet "),
                 f"{found['ratios']['time']:.3f}",
-                f"{found['ratios']['memory']:.3f}",
+                f"{found['ratios']['memory']:.3f}" if "memory" in found["ratios"] else "-",
                 target,
                 same,
                 reached,
             ]
         )
     return lines
+
+
+def _memory_is_known(values: Mapping[str, float]) -> bool:
+    return values["samples"] >= FEWEST_SAMPLES
+
+
+def _memory_in_words(values: Mapping[str, float]) -> str:
+    return f"{values[MEMORY]:.0f} MB" if _memory_is_known(values) else "- MB"
 
 
 def printed(lines: list[list[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from autossl.inference.tiles import tile_groups, tile_starts, tile_weights
 
@@ -38,6 +39,16 @@ def test_weights_are_a_gaussian_of_an_eighth_of_the_tile() -> None:
     expected = 10 * np.exp(-0.5 * (8 / 4) ** 2)  # 8 voxels from the middle, sigma 4
     assert weights[16, 24] == pytest.approx(expected, rel=2e-3)  # half precision
     assert weights[16, 8] == weights[16, 24]
+
+
+@pytest.mark.parametrize("tile", [(40, 56, 40), (1, 128, 128), (7, 9, 3)])
+def test_weights_are_those_of_the_filter_that_nnunet_uses(tile: tuple[int, ...]) -> None:
+    impulse = np.zeros(tile)
+    impulse[tuple(edge // 2 for edge in tile)] = 1
+    blurred = ndimage.gaussian_filter(impulse, [edge / 8 for edge in tile], mode="constant", cval=0)
+    expected = (10 * blurred / blurred.max()).astype(np.float32).astype(np.float16).astype(np.float32)
+    expected[expected == 0] = expected[expected > 0].min()
+    assert np.abs(tile_weights(tile) / expected - 1).max() <= 2**-10, "at most the last digit of half precision"
 
 
 @pytest.mark.parametrize("tile", [(40, 56, 40), (1, 128, 128), (4, 16, 8)])

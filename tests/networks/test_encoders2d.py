@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autossl.data.problems import InvalidInput
-from autossl.networks.encoders2d import STRIDES, default_weights, pretrained_encoder, read_encoder_weights
+from autossl.networks.encoders2d import (
+    STRIDES,
+    EfficientNetEncoder,
+    default_weights,
+    pretrained_encoder,
+    read_encoder_weights,
+)
 
 
 def saved(content: object, folder: Path) -> Path:
@@ -53,6 +59,15 @@ def test_features_of_a_residual_network_are_those_of_its_weights(bottleneck: boo
     assert [feature.shape[2:] for feature in found] == [(64 // stride, 32 // stride) for stride in STRIDES]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(("variant", "expected"), [("lite0", (-0.1, 0.45)), ("b0", (0.0, 1.0))])
+def test_an_encoder_knows_what_values_it_was_made_for(variant: str, expected: tuple[float, float]) -> None:
+    """ImageNet's mean of 0.449 and deviation of 0.225, under 2·x - 1 as lite0 was trained with."""
+    encoder = EfficientNetEncoder(f"efficientnet-{variant}")
+    assert (encoder.input_mean, encoder.input_std) == expected
+    if variant == "lite0":
+        assert expected == pytest.approx((2 * 0.449 - 1, 2 * 0.225), abs=0.005)
 
 
 def test_the_default_is_efficientnet_lite0_with_its_features() -> None:

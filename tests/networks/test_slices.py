@@ -72,6 +72,15 @@ def test_channels_are_mapped_to_those_of_the_encoder() -> None:
     assert torch.equal(ChannelMapping((0.5,), 3)(x[:, :1]), 2 * x[:, :1].repeat(1, 3, 1, 1)), "unit variance"
 
 
+def test_the_encoder_sees_values_as_it_saw_photographs() -> None:
+    encoder, seen = tiny_encoder(), []
+    encoder.input_mean, encoder.input_std = -0.1, 0.45
+    encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    image = 3 * torch.randn(2, 1, 64, 64)
+    PretrainedUNet(encoder, (3.0,), 3, seed=0)(image)
+    torch.testing.assert_close(seen[0], (0.45 * image / 3 - 0.1).repeat(1, encoder.in_channels, 1, 1))
+
+
 def test_the_decoder_comes_from_its_seed_and_uses_every_level() -> None:
     networks = [PretrainedUNet(tiny_encoder(), (1.0,), 3, seed) for seed in (0, 0, 1)]
     states = [network.decoder.state_dict() for network in networks]

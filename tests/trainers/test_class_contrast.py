@@ -68,6 +68,21 @@ def test_what_a_cell_of_a_hundred_voxels_stands_for(counts: dict[int, int], n_re
     assert cell_labels(topic_of(labels, 3, reliable), (2, 2)).tolist() == [[[[0, expected], [0, 0]]]]
 
 
+def test_voxels_outside_the_image_are_no_part_of_a_cell() -> None:
+    """Padding is not reliable either: without the rule a cell at the edge of the image would stand for nothing."""
+    labels = torch.zeros(1, 1, 10, 40, dtype=torch.long)
+    labels[..., 10:14] = 1
+    inside = torch.zeros(1, 1, 10, 40, dtype=torch.bool)
+    for first, n in ((0, 10), (10, 8), (20, 5), (30, 4)):
+        inside[..., first : first + n] = True
+    topic = topic_of(labels, 2, inside)
+    assert cell_labels(topic, (1, 4)).tolist() == [[[[0, 1, -1, -1]]]]
+    assert cell_labels(topic._replace(inside=inside), (1, 4)).tolist() == [[[[0, 1, 0, -1]]]]
+    doubtful = inside.clone()
+    doubtful[..., 20:22] = False  # within the image, and not known
+    assert cell_labels(topic_of(labels, 2, doubtful)._replace(inside=inside), (1, 4)).tolist() == [[[[0, 1, -1, -1]]]]
+
+
 def test_rows_of_cells_and_voxels_of_two_networks() -> None:
     labels = torch.zeros(1, 1, 8, 8, dtype=torch.long)
     labels[..., 4:] = 1

@@ -6,12 +6,14 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autossl.data.labels import LabelSchema
 from autossl.trainers.base import Batch, Job, Phase, Progress, StepOutput
+from autossl.trainers.components.ellipse_targets import ellipse_targets
 from autossl.trainers.components.losses import one_hot, probability_mse
 from autossl.trainers.components.schedules import sigmoid_ramp
 from autossl.trainers.methods.ersr import (
@@ -172,7 +174,7 @@ def test_the_ablation_takes_the_refinement_away() -> None:
     assert output.measures["refined_share"] == 0
     assert output.measures["accepted_share"] == 0.5, "the axis still comes from a fit"
     blank = with_readers(trainer(job, refine=False), Blank(2)).losses(batch_of(job, bar(), bar()), LAST)
-    assert special(blank)["refined"] == pytest.approx(0.25), "plain labels count in full"
+    assert special(blank)["refined"] == pytest.approx(0.125), "nothing else changes: without a fit it counts half"
 
 
 def test_a_label_without_an_ellipse_counts_half_and_is_not_mirrored() -> None:
@@ -184,6 +186,16 @@ def test_a_label_without_an_ellipse_counts_half_and_is_not_mirrored() -> None:
     mixed = method.losses(batch_of(job, bar(), disk()), LAST)
     assert special(mixed)["refined"] == pytest.approx(0.25 * 1.5 / 2)
     assert mixed.measures["mirrored_share"] == 0.5
+
+
+def test_without_a_fit_a_patch_that_shows_nothing_sure_is_not_learned() -> None:
+    """A voxel above 0.5 is enough for a score, but no label."""
+    q = torch.full((1, 1, 8, 8), 0.55)
+    found = ellipse_targets(q, torch.ones(1, 1, 8, 8, dtype=torch.bool), np.ones((1, 1), bool), (1.0, 1.0), True)
+    assert float(found.weight.sum()) == 0
+    q[..., :2] = 0.7
+    found = ellipse_targets(q, torch.ones(1, 1, 8, 8, dtype=torch.bool), np.ones((1, 1), bool), (1.0, 1.0), True)
+    assert found.weight.unique().tolist() == [0.5]
 
 
 def test_symmetry_can_be_switched_off() -> None:
@@ -311,6 +323,19 @@ def test_a_task_without_an_elliptic_class_is_refused_unless_forced() -> None:
     assert EllipseRefinement.refusals(without, ERSRSettings(force=True)) == []
     assert trainer(without, force=True).elliptic == [1, 2]
     assert trainer(job_of(2, elliptic=(2,)), force=True).elliptic == [2], "what is elliptic is still told apart"
+
+
+def test_patches_that_cut_outlines_off_are_refused_unless_forced() -> None:
+    job = job_of(elliptic=(1,))
+    size = job.configuration.patch_size
+    covered = replace(job, median_case_shape=(1.0, size[0] / 0.8, size[1] / 0.9))
+    assert EllipseRefinement.refusals(covered, ERSRSettings()) == []
+    small = replace(job, median_case_shape=(1.0, float(size[0]), 1.5 * size[1]))
+    (problem,) = EllipseRefinement.refusals(small, ERSRSettings())
+    assert f"in images of {size[0]} x {round(1.5 * size[1])}" in str(problem)
+    assert "--overwrite_target_spacing" in str(problem)
+    assert EllipseRefinement.refusals(small, ERSRSettings(force=True)) == []
+    assert len(EllipseRefinement.refusals(replace(small, elliptic_classes=()), ERSRSettings())) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- the filter

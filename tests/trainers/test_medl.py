@@ -362,14 +362,17 @@ def test_ramp_and_warm_up() -> None:
     assert list(step(trainer(faithful=True), 0.01).losses) == SUPERVISED
 
 
-def test_ablation_takes_the_fisher_term_away() -> None:
+def test_ablation_leaves_two_networks_that_teach_by_their_mean() -> None:
     method, batch = trainer(), toy_batch(toy_job())
     settings = make_settings(MutualEvidential, dict(MutualEvidential.ablation))
     ablated = MutualEvidential(toy_job(), settings)
-    full, less = step(method, batch=batch).losses, step(ablated, batch=batch).losses
-    assert set(full) - set(less) == {"fisher"}
-    assert full["fisher"].item() > 0
-    assert all(full[name].item() == less[name].item() for name in less)
+    assert settings.fusion == "mean"
+    full, less = (step(one, 0.1, batch) for one in (method, ablated))
+    assert set(full.losses) - set(less.losses) == {"fisher"}
+    assert full.losses["fisher"].item() > 0
+    assert all(full.losses[name].item() == less.losses[name].item() for name in ("supervised_a", "supervised_b"))
+    assert float(less.measures["curriculum_spread"]) == 0
+    assert float(full.measures["reliability"]) != float(less.measures["reliability"])
 
 
 def test_the_curriculum_can_be_switched_off() -> None:

@@ -123,12 +123,14 @@ def test_swapping_sides_and_reordering_patches_changes_nothing_and_both_sides_mo
 
 def test_patches_that_show_nothing_take_no_part() -> None:
     apart = masks(TWO_IMAGES)
-    with_empty = torch.cat([apart, torch.full_like(apart[:1], 0.01)])
+    with_empty = torch.cat([apart, torch.full_like(apart[:1], 0.1)])
+    assert with_empty[2].sum() > 1, "small probabilities that add up to more than a voxel"
     found = area_similarity_contrast(with_empty, with_empty)
     torch.testing.assert_close(found.loss, area_similarity_contrast(apart, apart).loss)
     assert float(found.row_share) == pytest.approx(2 / 3)
     one_sided = torch.cat([apart, torch.zeros_like(apart[:1])])  # the other side shows something there: it stays
     assert float(area_similarity_contrast(one_sided, torch.cat([apart, apart[:1]])).row_share) == 1
+    assert float(area_similarity_contrast(with_empty[1:], with_empty[1:]).row_share) == 0, "one is left: no contrast"
     nothing = torch.zeros(2, 1, 4, 4, requires_grad=True)
     loss = area_similarity_contrast(nothing, nothing).loss
     loss.backward()
@@ -169,6 +171,18 @@ def test_a_single_unlabeled_patch_is_contrasted_by_its_tiles() -> None:
          for s in (1, 2)]  # fmt: skip
     expected = area_similarity_contrast(halves_of_axes(p[0]), halves_of_axes(p[1])).loss
     torch.testing.assert_close(output.losses["area_contrast"], 0.35 * expected)
+
+
+def test_a_patch_that_alone_shows_foreground_is_contrasted_by_its_tiles() -> None:
+    method = trainer()
+    valid = torch.ones(3, 1, 16, 16, dtype=torch.bool)
+    q = torch.full((3, 3, 16, 16), 0.1)
+    q[1, 1] = 0.9
+    q[1, 1, :8] = 0.6
+    loss, measures = method._area_contrast(q, q, valid)
+    tiles = halves_of_axes(q[1:2, 1:])
+    assert loss.item() == area_similarity_contrast(tiles, tiles).loss.item() > 0
+    assert float(measures["area_row_share"]) == pytest.approx(1 / 3)
 
 
 # ------------------------------------------------------------------------------------------------------- the teacher
@@ -259,9 +273,10 @@ def test_an_offered_score_is_the_mean_since_the_point_before() -> None:
     given: list[float] = []
     method.teachers[1].offer = lambda network, score, pool: given.append(score) or [score]  # type: ignore
     start = next(s for s in range(125, 200) if 50 * (s + 1) // 630 > 50 * s // 630)
-    method.parts.memory["scores"].zero_()
+    before = next(s for s in range(start - 1, 0, -1) if 50 * (s + 1) // 630 > 50 * s // 630)
+    walk(method, range(before - 3, before + 1))
     found = []
-    for index in range(start + 1, start + 20):
+    for index in range(before + 1, before + 20):
         at = Timetable(method.phases(), 1000).progress(index)
         found.append(float(method.losses(toy_batch(method.job, seed=index), at).measures["labeled_dice_1"]))
         method.after_step(at)
@@ -376,8 +391,11 @@ def test_the_contrast_can_be_switched_off_and_so_can_the_consistency() -> None:
     method = trainer(**SemiCML.ablation)
     assert set(step(method).losses) == MUTUAL_TERMS - {"area_contrast"}
     enter(method)
-    terms = step(method, fraction=0.95).losses
-    assert set(terms) == {"supervised_1", "supervised_2", "relearning_1", "relearning_2"}
+    late = step(method, fraction=0.95)
+    assert set(late.losses) == {"supervised_1", "supervised_2", "relearning_1", "relearning_2"}
+    whole = trainer()
+    enter(whole)
+    assert late.measures["relearning_weight"] == step(whole, fraction=0.95).measures["relearning_weight"]
     assert set(step(trainer(lambda_mse=0)).losses) == MUTUAL_TERMS - {"consistency"}
     cosine = step(trainer(similarity="cos")).losses["area_contrast"]
     assert cosine.item() != step(trainer()).losses["area_contrast"].item()

@@ -171,7 +171,8 @@ def test_no_gradient_through_the_weights_of_the_method() -> None:
         ({}, {"labels": "instance,patient"}, ("instance", "patient")),
         ({"n_unlabeled": 0}, {}, ()),
         ({"n_unlabeled": 0}, {"labeled_only": True}, ("position", "patient", "phase")),
-        ({}, dict(SelfPacedContrast.ablation), ()),
+        ({}, {"lambda_pre": 0, "lambda_contrast": 0}, ()),
+        ({}, dict(SelfPacedContrast.ablation), ("position", "patient", "phase")),
     ],
 )
 def test_labels_that_the_data_tell(changes: Any, settings: Any, kinds: tuple[str, ...]) -> None:
@@ -298,8 +299,8 @@ def test_a_wide_tolerance_is_plain_contrast() -> None:
 
 
 def test_without_pacing_every_pair_counts_alike() -> None:
-    """The second ablation; with pacing hard pairs count less."""
-    paced, plain = make(labels="patient"), make(labels="patient", self_pacing="off")
+    """The ablation; with pacing hard pairs count less."""
+    paced, plain = make(labels="patient"), make(labels="patient", **SelfPacedContrast.ablation)
     batch = batch_of(paced)
     first, second = (method.losses(batch, at_step(method, 0)) for method in (paced, plain))
     assert float(first.measures["patient_pair_weight"]) < 1
@@ -415,6 +416,14 @@ def test_the_bank_keeps_first_views_of_steps_that_were_taken() -> None:
     assert kept.labels[0, 0] == kept.labels[3, 0] != kept.labels[1, 0]
 
 
+def test_the_bank_remembers_few_steps() -> None:
+    job = job_2d()
+    per_step = job.labeled_batch_size + job.unlabeled_batch_size
+    assert make(job).parts.memory["bank_patient"].everything().rows.shape[1] > 0
+    assert make(job, bank_size=1000).parts.memory["bank_patient"].size == 8 * per_step
+    assert make(job, bank_size=3).parts.memory["bank_patient"].size == 3
+
+
 def test_rows_of_the_bank_are_positives_and_candidates() -> None:
     method = make(labels="patient", self_pacing="off")
     first, second = batch_of(method, 0), batch_of(method, 1)
@@ -494,7 +503,7 @@ def test_learning_rates_begin_again_in_each_phase() -> None:
 
 
 def test_without_contrast_it_is_the_twin() -> None:
-    method = make(**SelfPacedContrast.ablation)
+    method = make(lambda_pre=0, lambda_contrast=0)
     twin = Supervised(method.job, MethodSettings())
     assert [phase.name for phase in method.phases()] == [SEMI_SUPERVISED]
     at, batch = at_step(method, 5), batch_of(method)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autossl.networks.features import forward_features
-from autossl.trainers.base import Batch, Job, Phase, Progress
+from autossl.trainers.base import Batch, Job, Phase, Progress, StepOutput
+from autossl.trainers.components.schedules import sigmoid_ramp
 from autossl.trainers.methods.bcp import (
     BIDIRECTIONAL,
     BidirectionalCopyPaste,
@@ -57,6 +58,15 @@ def by_class(z: Tensor, y: Tensor) -> float:
     return torch.stack([functional.cross_entropy(z[y == c], y[y == c]) for c in torch.unique(y)]).mean().item()
 
 
+def bound(output: StepOutput) -> float:
+    """The augmented cross-entropy: the plain one and what is added to it."""
+    return float(output.measures["clean"]) + float(output.measures["tsa"])
+
+
+def both(output: StepOutput) -> Tensor:
+    return output.losses["clean"] + output.losses["tsa"]
+
+
 def head(method: TransMedSeg) -> Any:
     return method.parts.trained["network"].decoder.seg_layers[-1]  # type: ignore[union-attr,index]
 
@@ -82,9 +92,9 @@ def test_without_strength_or_moments_it_is_the_cross_entropy() -> None:
     for method, at in cases:
         z, _, y = clean_voxels(method, batch)
         output = method.losses(batch, at)
-        assert float(output.measures["tsa"]) == pytest.approx(by_class(z, y), abs=1e-6)
-        assert float(output.measures["tsa_excess"]) == pytest.approx(0, abs=1e-6)
-        assert output.losses["tsa"].item() == pytest.approx(0.1 * by_class(z, y), abs=1e-6)
+        assert float(output.measures["clean"]) == pytest.approx(by_class(z, y), abs=1e-6)
+        assert float(output.measures["tsa"]) == pytest.approx(0, abs=1e-6)
+        assert output.losses["clean"].item() == pytest.approx(0.1 * by_class(z, y), abs=1e-6)
 
 
 def test_closed_form_with_known_moments() -> None:
@@ -101,16 +111,16 @@ def test_closed_form_with_known_moments() -> None:
             expected[y == label, c] += more
     output = method.losses(batch, HALF)
     assert output.measures["tsa_strength"] == pytest.approx(s)
-    assert float(output.measures["tsa"]) == pytest.approx(by_class(expected, y), rel=1e-5)
-    assert float(output.measures["tsa_excess"]) == pytest.approx(by_class(expected, y) - by_class(z, y), rel=1e-3)
-    assert output.losses["tsa"].item() == pytest.approx(0.1 * by_class(expected, y), rel=1e-5)
+    assert bound(output) == pytest.approx(by_class(expected, y), rel=1e-5)
+    assert float(output.measures["tsa"]) == pytest.approx(by_class(expected, y) - by_class(z, y), rel=1e-3)
+    assert both(output).item() == pytest.approx(0.1 * by_class(expected, y), rel=1e-5)
     assert float(output.measures["mean_shift"]) == pytest.approx(shift.norm(dim=1).mean().item(), rel=1e-5)
 
 
 def test_spread_alone_can_only_cost_more() -> None:
     method, batch = remembering(trainer(per_class=ALL)), toy_batch(toy_job())
     method.labeled_moments.mean.copy_(method.unlabeled_moments.mean)
-    assert float(method.losses(batch, HALF).measures["tsa_excess"]) > 0
+    assert float(method.losses(batch, HALF).measures["tsa"]) > 0
 
 
 def test_one_vector_added_to_all_class_weights_changes_nothing() -> None:
@@ -119,7 +129,7 @@ def test_one_vector_added_to_all_class_weights_changes_nothing() -> None:
         method = remembering(trainer())
         with torch.no_grad():
             head(method).weight += more * torch.arange(4).view(1, 4, 1, 1)
-        found.append(float(method.losses(batch, HALF).measures["tsa"]))
+        found.append(bound(method.losses(batch, HALF)))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
@@ -130,7 +140,7 @@ def test_a_class_is_augmented_once_enough_of_it_was_seen() -> None:
     output = method.losses(batch, HALF)
     assert float(output.measures["classes_ready_share"]) == pytest.approx(2 / 3)
     method.unlabeled_moments.count[:] = 63
-    assert float(method.losses(batch, HALF).measures["tsa"]) == pytest.approx(by_class(z, y), abs=1e-6)
+    assert bound(method.losses(batch, HALF)) == pytest.approx(by_class(z, y), abs=1e-6)
     method.unlabeled_moments.count[:] = 64
     assert float(method.losses(batch, HALF).measures["classes_ready_share"]) == 1
     method.labeled_moments.count[2] = 0
@@ -142,7 +152,7 @@ def test_a_class_is_augmented_once_enough_of_it_was_seen() -> None:
 
 def test_features_and_classifier_learn_from_it_and_nothing_else() -> None:
     method, batch = remembering(trainer()), toy_batch(toy_job())
-    found = gradients(method, method.losses(batch, HALF).losses["tsa"])
+    found = gradients(method, both(method.losses(batch, HALF)))
     assert "decoder.seg_layers.1.weight" in found
     assert any(name.startswith("encoder") for name in found)
     assert "decoder.seg_layers.0.weight" not in found, "full resolution alone"
@@ -156,7 +166,7 @@ def test_features_and_classifier_learn_from_it_and_nothing_else() -> None:
 def test_the_correction_need_not_pull_at_the_classifier() -> None:
     batch = toy_batch(toy_job())
     pulled, plain, spared = (
-        gradients(method, method.losses(batch, at).losses["tsa"])["decoder.seg_layers.1.weight"]
+        gradients(method, both(method.losses(batch, at)))["decoder.seg_layers.1.weight"]
         for method, at in (
             (remembering(trainer()), HALF),
             (remembering(trainer()), START),
@@ -179,7 +189,7 @@ def test_a_step_uses_the_memory_of_the_steps_before() -> None:
     method, batch = trainer(per_class=ALL, confidence=0.0, n_min=1), toy_batch(toy_job())
     assert batch.unlabeled is not None
     z, f, y = clean_voxels(method, batch)
-    first, again = (float(method.losses(batch, HALF).measures["tsa"]) for _ in range(2))
+    first, again = (bound(method.losses(batch, HALF)) for _ in range(2))
     assert first == again == pytest.approx(by_class(z, y), abs=1e-6)
     assert int(method.labeled_moments.count.sum()) == 0
     z_teacher, taps = forward_features(method.teacher.network, batch.unlabeled.image, ("dec:last",))
@@ -195,7 +205,7 @@ def test_a_step_uses_the_memory_of_the_steps_before() -> None:
                 if moments.kind == "full":
                     assert torch.allclose(moments.cov[c], torch.cov(mine.T, correction=0), atol=1e-5)
     assert method.labeled_moments.kind == "none", "its spread is not needed"
-    assert float(method.losses(batch, HALF).measures["tsa_excess"]) != 0
+    assert float(method.losses(batch, HALF).measures["tsa"]) != 0
     count = int(method.labeled_moments.count.sum())
     method.losses(batch, FIRST)
     method.after_step(HALF)
@@ -275,7 +285,7 @@ def test_many_features_keep_the_diagonal_alone() -> None:
         output = method.losses(batch, HALF)
         method.after_step(HALF)
     assert method.unlabeled_moments.cov.shape == (3, 65)
-    assert float(output.measures["tsa_excess"]) != 0
+    assert float(output.measures["tsa"]) != 0
     assert trainer().unlabeled_moments.kind == "full"
 
 
@@ -284,7 +294,7 @@ def test_many_features_keep_the_diagonal_alone() -> None:
 
 def test_without_its_term_a_step_is_that_of_bcp() -> None:
     job = toy_job()
-    off = make_settings(TransMedSeg, dict(TransMedSeg.ablation))
+    off = TransMedSegSettings(lambda_tsa=0)
     method = TransMedSeg(job, off)
     theirs = BidirectionalCopyPaste(job, BidirectionalCopyPasteSettings())
     batch = toy_batch(job)
@@ -293,8 +303,51 @@ def test_without_its_term_a_step_is_that_of_bcp() -> None:
         assert list(a.losses) == list(b.losses), "nothing else is left"
         assert all(torch.equal(a.losses[key], b.losses[key]) for key in a.losses)
     a, b = trainer().losses(batch, HALF), theirs.losses(batch, replace(HALF, phase=BIDIRECTIONAL))
-    assert set(a.losses) == {*b.losses, "tsa"}
+    assert set(a.losses) == {*b.losses, "clean", "tsa"}
     assert all(a.losses[key].item() == pytest.approx(b.losses[key].item(), rel=1e-5) for key in b.losses)
+
+
+def test_the_ablation_keeps_the_labeled_voxels_and_does_not_augment_them() -> None:
+    batch = toy_batch(toy_job())
+    whole = remembering(trainer())
+    plain = remembering(TransMedSeg(toy_job(), make_settings(TransMedSeg, dict(TransMedSeg.ablation))))
+    with_it, without = (method.losses(batch, HALF) for method in (whole, plain))
+    assert with_it.losses["clean"].item() == without.losses["clean"].item()
+    assert with_it.losses["tsa"].item() != 0
+    assert without.losses["tsa"].item() == 0
+    assert not gradients(plain, without.losses["tsa"])
+
+
+def test_beside_mean_teacher_patches_stay_as_they_are() -> None:
+    job = toy_job()
+    method = remembering(trainer(job, base="mean_teacher", per_class=ALL))
+    batch = toy_batch(job)
+    assert batch.unlabeled is not None
+    assert [phase.name for phase in method.phases()] == [TRANSFER]
+    with torch.no_grad():
+        for weights in method.teacher.network.parameters():
+            weights.mul_(1.1)
+    z, _, y = clean_voxels(method, batch)
+    student = method.parts.trained["network"]
+    output = method.losses(batch, HALF)
+    assert set(output.losses) == {"supervised", "consistency", "clean", "tsa"}
+    supervised = job.supervised_loss(student(batch.labeled.image), batch.labeled.target, batch.labeled.valid)
+    assert output.losses["supervised"].item() == pytest.approx(supervised.item(), rel=1e-5)
+    p = job.probabilities(student(batch.unlabeled.image)[0])
+    q = job.probabilities(method.teacher.logits(batch.unlabeled.image))
+    expected = 0.1 * sigmoid_ramp(0.6, 1.0) * (p - q).square().mean()
+    assert output.losses["consistency"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert float(output.measures["clean"]) == pytest.approx(by_class(z, y), rel=1e-5)
+    off = trainer(job, base="mean_teacher", lambda_tsa=0, lambda_mean_teacher=0)
+    twin = off.job.supervised_loss(
+        off.parts.trained["network"](batch.labeled.image), batch.labeled.target, batch.labeled.valid
+    )
+    assert torch.equal(off.losses(batch, HALF).losses["supervised"], twin)
+    teacher, weights = (next(net.parameters()) for net in (method.teacher.network, student))
+    with torch.no_grad():
+        weights.add_(1.0)
+    method.after_step(replace(HALF, step=0))
+    assert torch.equal(teacher, weights), "the first average is the student itself"
 
 
 def test_the_first_phase_knows_labeled_patches_alone() -> None:
@@ -335,8 +388,8 @@ def test_the_reverse_moves_the_teachers_features_towards_the_labeled_ones() -> N
             more = s * apart @ shift[label] + s / 2 * apart @ method.labeled_moments.cov[label] @ apart
             z[y == label, c] += more
     output = method.losses(batch, HALF)
-    assert float(output.measures["tsa"]) == pytest.approx(by_class(z, y), rel=1e-5)
-    assert set(gradients(method, output.losses["tsa"])) == {
+    assert bound(output) == pytest.approx(by_class(z, y), rel=1e-5)
+    assert set(gradients(method, both(output))) == {
         "decoder.seg_layers.1.weight",
         "decoder.seg_layers.1.bias",
     }

@@ -16,8 +16,9 @@ from autossl.trainers.components.losses import connected_zero
 
 Similarity = Literal["dice", "cos"]
 EPS = 1e-6
-SMALLEST_AREA = 1.0
-"""A pair whose two maps both add up to fewer voxels shows nothing that could be contrasted."""
+SURE, SMALLEST_AREA = 0.5, 1.0
+"""A pair shows something where one of its maps adds up to so many voxels, of those likelier foreground than not. The
+small probabilities of a patch without foreground add up to more, and their Dice does not tell how small they are."""
 SMALLEST_CLASS_AREA = 10.0
 """Of several classes those count that cover more voxels, both maps together, in two patches or more."""
 
@@ -46,6 +47,12 @@ def area_similarity(maps: Tensor, kind: Similarity = "dice") -> Tensor:
     return both / (norms[:, None] * norms)
 
 
+def pairs_that_show_something(q_1: Tensor, q_2: Tensor) -> Tensor:
+    """Boolean [n], of foreground probabilities [n, F, *S]. What is not finite shows: a loss must tell of it."""
+    q = torch.stack([q_1, q_2]).detach().float().flatten(2)
+    return ~(torch.where(q <= SURE, 0, q).sum(2) < SMALLEST_AREA).all(0)
+
+
 def area_similarity_contrast(q_1: Tensor, q_2: Tensor, kind: Similarity = "dice") -> AreaContrast:
     """-log(exp(sim(i, i')) / Σ_{j ≠ i} exp(sim(i, j))), averaged over the 2n rows i; i' is the same patch's other map.
 
@@ -56,18 +63,16 @@ def area_similarity_contrast(q_1: Tensor, q_2: Tensor, kind: Similarity = "dice"
         q_2: those of the other side, of the same patches.
 
     Returns:
-        The loss, 0 for a single patch; nothing that takes part: a connected zero.
+        The loss; where fewer than two patches show something there is nothing to contrast: a connected zero.
     """
     with torch.autocast(q_1.device.type, enabled=False):
         q_1, q_2 = q_1.float(), q_2.float()
         area = (q_1.detach() + q_2.detach()).flatten(2).sum(2)  # [n, F]
-        each = [q.detach().flatten(1).sum(1) for q in (q_1, q_2)]
-        # written as a negation: what is not finite takes part, so that the loss tells of it
-        kept = ~((each[0] < SMALLEST_AREA) & (each[1] < SMALLEST_AREA))
+        kept = pairs_that_show_something(q_1, q_2)
         classes = ~((area[kept] <= SMALLEST_CLASS_AREA).sum(0) > int(kept.sum()) - 2)
         if q_1.shape[1] == 1:
             classes = torch.ones_like(classes)
-        if not bool(kept.any()) or not bool(classes.any()):
+        if int(kept.sum()) < 2 or not bool(classes.any()):
             return AreaContrast(connected_zero(q_1) + connected_zero(q_2), 0.0, 0.0)
         similarity = area_similarity(torch.cat([q_1[kept], q_2[kept]])[:, classes], kind).mean(2)
         n = len(similarity) // 2

@@ -23,7 +23,9 @@ FEWEST_CELLS, MOST_CELLS = 2, 8
 FEWEST_POSITIONS = 4
 """An axis of the feature map with fewer positions is one cell."""
 FOREGROUND_SHARE, BACKGROUND_SHARE = 0.3, 0.95
-"""Of a cell that stands for the class."""
+"""Of a cell that stands for the class, of what of it lies within the image."""
+LEAST_INSIDE = 0.5
+"""Of a cell that is used."""
 UNUSED = -1
 VOXELS_PER_CLASS, MOST_VOXELS = 256, 2048
 """Drawn in a step, of one class and of all."""
@@ -44,6 +46,8 @@ class Topic(NamedTuple):
     n_classes: int
     first: int = 0
     """Number of the background among the classes of the bank."""
+    inside: Tensor | None = None
+    """Boolean [N, 1, *S]: within the image; None: everywhere."""
 
 
 def cells_per_axis(
@@ -73,14 +77,18 @@ def cell_labels(topic: Topic, cells: Sequence[int]) -> Tensor:
     """What each cell stands for, int64 [N, 1, *cells]; -1: nothing, the cell is not used.
 
     The most frequent foreground class where it covers 30 % of the cell, since cells of foreground are seldom pure;
-    else the background where it covers 95 %. Unreliable voxels count for no class, but as a part of the cell.
+    else the background where it covers 95 %. Unreliable voxels count for no class, but as a part of the cell; voxels
+    outside the image are no part of it, and a cell that lies outside by more than half is not used.
     """
     members = one_hot(topic.labels.clamp(0, topic.n_classes - 1), topic.n_classes) * topic.reliable
     pooled: Any = functional.adaptive_avg_pool2d if members.ndim == 4 else functional.adaptive_avg_pool3d
-    shares = pooled(members, tuple(cells)) + 1e-6  # a share that is the limit counts, however it was rounded
+    part = torch.ones_like(members[:, :1]) if topic.inside is None else topic.inside.to(members)
+    inside = pooled(part, tuple(cells))
+    # a share that is the limit counts, however it was rounded
+    shares = pooled(members * part, tuple(cells)) / inside.clamp(min=LEAST_INSIDE) + 1e-6
     background = torch.where(shares[:, :1] >= BACKGROUND_SHARE, 0, UNUSED)
     most, which = shares[:, 1:].max(1, keepdim=True)
-    return torch.where(most >= FOREGROUND_SHARE, which + 1, background)
+    return torch.where(inside < LEAST_INSIDE, UNUSED, torch.where(most >= FOREGROUND_SHARE, which + 1, background))
 
 
 def cell_rows(grids: Sequence[Tensor], topic: Topic) -> Rows:

@@ -98,7 +98,8 @@ def mean_over_anchors(
         return per_anchor.mean()
     members = torch.nn.functional.one_hot(pairs.rows.labels[anchors], len(class_weights)).float()
     sizes = members.sum(0)
-    per_class = per_anchor @ members / sizes.clamp(min=1)
+    # no matrix product: autocast would take it in half precision
+    per_class = (per_anchor[:, None] * members).sum(0) / sizes.clamp(min=1)
     weights = torch.where(sizes > 0, class_weights.to(per_class), 0)
     return (weights * per_class).sum() / weights.sum().clamp(min=EPS)
 

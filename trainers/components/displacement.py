@@ -34,6 +34,8 @@ class Displacement:
 
     target: Slices
     source: Slices
+    rank: int = 0
+    """Of the source among the windows that were compared; 0: the most confident one."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,9 @@ def find_displacement(mine: Judged, other: Judged, valid: Tensor, limits: Limits
     divergences = [
         float(prior_divergence(mean_probabilities(other, window), wanted, limits.regions)) for window in windows
     ]
-    source = windows[int(np.argmin(divergences))]
-    better = mean_confidence(other, source) > mean_confidence(mine, target)
-    return Displacement(target, source) if better else None
+    rank = int(np.argmin(divergences))
+    better = mean_confidence(other, windows[rank]) > mean_confidence(mine, target)
+    return Displacement(target, windows[rank], rank) if better else None
 
 
 def moved_at_random(found: Displacement, shape: Sequence[int], generator: torch.Generator) -> Displacement:
@@ -235,17 +237,21 @@ def find_displacements(
 def what_moved(
     moves: Sequence[Displacement | None], mine: Decisions, other: Decisions, valid: Tensor, limits: Limits
 ) -> dict[str, float]:
-    """Shares of patches and voxels that were displaced, the confidence that they won, and how many voxels were low."""
+    """Shares of patches and voxels that were displaced, the confidence that they won, how many voxels were low, of all
+    and of what was replaced, and how often the classes chose another window than the confidence."""
+    made = [(row, move) for row, move in enumerate(moves) if move is not None]
     won = [
-        mean_confidence(theirs, move.source) - mean_confidence(own, move.target)
-        for own, theirs, move in zip(mine.patches, other.patches, moves, strict=True)
-        if move is not None
+        mean_confidence(other.patches[row], move.source) - mean_confidence(mine.patches[row], move.target)
+        for row, move in made
     ]
-    n_voxels = sum(math.prod(place.stop - place.start for place in move.target) for move in moves if move is not None)
+    n_voxels = sum(math.prod(place.stop - place.start for place in move.target) for _, move in made)
     low = (mine.confidence < limits.threshold) & valid[:, 0]
+    n_low = sum(int(low[row][move.target].sum()) for row, move in made)
     return {
-        "displaced_share": len(won) / len(moves),
+        "displaced_share": len(made) / len(moves),
         "displaced_voxel_share": n_voxels / valid.numel(),
+        "displaced_low_share": n_low / max(1, n_voxels),
+        "chosen_by_class_share": sum(move.rank > 0 for _, move in made) / max(1, len(made)),
         "confidence_won": sum(won) / max(1, len(won)),
         "low_share": float(low.sum() / valid.sum().clamp(min=1)),
     }

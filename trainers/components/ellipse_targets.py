@@ -30,7 +30,8 @@ class EllipseTargets:
     label: Tensor
     """Float32 0/1 [B, K, *S]."""
     weight: Tensor
-    """Float32 [B, K, *S]: 0 where the patch is not used or not valid; 0.5 where no fit was accepted; else 1."""
+    """Float32 [B, K, *S]: 0 where the patch is not used or not valid, or nothing of it is labeled without a fit; 0.5
+    where no fit was accepted; else 1."""
     counted: Tensor
     """Boolean [B, K, *S]: used and valid."""
     largest: Tensor
@@ -57,7 +58,7 @@ def ellipse_targets(q: Tensor, valid: Tensor, used: Mask, spacing: Sequence[floa
         valid: boolean [B, 1, *S].
         used: [B, K].
         spacing: mm per axis of S.
-        refine: False keeps plain labels, all of weight 1; symmetry axes are the same.
+        refine: False keeps plain labels; weights and symmetry axes are the same.
     """
     values, inside = q.cpu().numpy(), valid[:, 0].cpu().numpy()
     found = {
@@ -66,7 +67,8 @@ def ellipse_targets(q: Tensor, valid: Tensor, used: Mask, spacing: Sequence[floa
     label, weight = np.zeros(values.shape, dtype=np.float32), np.zeros(values.shape, dtype=np.float32)
     for place, made in found.items():
         label[place] = made.label
-        weight[place] = np.where(made.fitted | (not refine), 1.0, UNFITTED_WEIGHT) * inside[place[0]]
+        trusted = np.where(made.fitted, 1.0, UNFITTED_WEIGHT if made.label.any() else 0.0)
+        weight[place] = trusted * inside[place[0]]
     largest = _largest(found, len(values))
     middle = np.array([(n - 1) / 2 * mm for n, mm in zip(inside.shape[1:], spacing, strict=True)])
     anywhere = (middle, np.eye(len(spacing))[-1])

@@ -46,5 +46,6 @@ def class_balanced_ce(z: Tensor, y: Tensor) -> Tensor:
         return connected_zero(z)
     members = functional.one_hot(y, z.shape[1]).float()
     sizes = members.sum(0)
-    per_class = functional.cross_entropy(z.float(), y, reduction="none") @ members / sizes.clamp(min=1)
+    each = functional.cross_entropy(z.float(), y, reduction="none")
+    per_class = (each[:, None] * members).sum(0) / sizes.clamp(min=1)  # no matrix product, which autocast would round
     return per_class.sum() / (sizes > 0).sum()

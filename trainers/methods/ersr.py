@@ -1,10 +1,4 @@
-"""ERSR: pseudo-labels of near-elliptical objects, refined by an ellipse, and symmetry about its long axis.
-
-As the release: the two scores and the growing share, the refined values and their thresholds, the three terms and
-their ramp, gradient through both sides of the mirrored terms. Reconstructed: when a fit is believed and what its
-failure costs, empty labels, several classes, millimeters, 3D, padding, and supervised training as a first phase in the
-place of loaded weights. The paper's words on the scores could not be compared with the code one by one.
-"""
+"""ERSR: pseudo-labels of near-elliptical objects, refined by an ellipse, and symmetry about its long axis."""
 
 from __future__ import annotations
 
@@ -44,6 +38,8 @@ from autossl.trainers.components.symmetric_halves import SymmetricHalves
 
 RELEASE = "Zhou et al. 2025, released code"
 SUPERVISED_PHASE, SEMI_SUPERVISED = "supervised", "semi-supervised"
+SMALLEST_COVER = 0.8
+"""Of the median image that a patch must cover along each axis: an outline that the patch cuts off tells no ellipse."""
 TEACHER_NOISE = 0.1
 """Of the consistency of classes that are not elliptic, as in mean_teacher."""
 
@@ -68,7 +64,11 @@ class ERSRSettings(MethodSettings):
     refine: bool = setting(True, "refine pseudo-labels with the ellipse; off: the teacher's own", RELEASE)
     symmetry: bool = setting(True, "the two terms on mirrored halves", RELEASE)
     detach_sym: bool = setting(False, "no gradient through the mirrored halves of the prediction", RELEASE)
-    force: bool = setting(False, "run although no class is elliptic: all of them are taken as if they were", "ours")
+    force: bool = setting(
+        False,
+        "run although no class is elliptic (all of them are taken as if they were), or the patches are small",
+        "ours",
+    )
     ema_decay_max: float | None = setting(
         None,
         "upper limit of the teacher's decay; None: the plan's horizon",
@@ -84,7 +84,14 @@ class EllipseRefinement(SemiSupervisedTrainer):
     used, a share that grows; the best-fitting ellipse fills and completes them, and its long axis is a symmetry axis.
     The student must match the refined label, predict on images completed from either half what it says of that half,
     and predict symmetrically on them. For classes that are nearly ellipses, such as the fetal head in ultrasound;
-    other classes get the consistency of mean_teacher."""
+    other classes get the consistency of mean_teacher.
+
+    As the release: the two scores and the growing share, the refined values and their thresholds, the three terms and
+    their ramp, gradient through both sides of the mirrored terms. Reconstructed: when a fit is believed and what its
+    failure costs, empty labels, several classes, millimeters, 3D, padding, what completed images are surrounded by,
+    scores as they are (the release may rescale them), patches that must cover most of the image (the release trains on
+    whole images), and supervised training as a first phase in the place of loaded weights. The paper's words on the
+    scores could not be compared with the code one by one."""
 
     name = "ersr"
     title = "ERSR: ellipse-refined pseudo-labels and symmetric halves"
@@ -102,15 +109,30 @@ class EllipseRefinement(SemiSupervisedTrainer):
 
     @classmethod
     def refusals(cls, job: Job, settings: MethodSettings) -> list[Problem]:
-        if job.elliptic_classes or (isinstance(settings, ERSRSettings) and settings.force):
+        if isinstance(settings, ERSRSettings) and settings.force:
             return []
-        return [
-            Problem(
-                f"no class is elliptic in the {job.n_labeled} labeled cases of this run",
-                "a class whose labels have a mean Dice of 0.95 or more with their ellipses, in at least 3 cases",
-                "choose another method, or treat every class as elliptic with --set force=true",
+        problems = []
+        if not job.elliptic_classes:
+            problems.append(
+                Problem(
+                    f"no class is elliptic in the {job.n_labeled} labeled cases of this run",
+                    "a class whose labels have a mean Dice of 0.95 or more with their ellipses, in at least 3 cases",
+                    "choose another method, or treat every class as elliptic with --set force=true",
+                )
             )
-        ]
+        patch = job.configuration.patch_size
+        image = [] if job.median_case_shape is None else [round(n) for n in job.median_case_shape[-len(patch) :]]
+        if any(mine < SMALLEST_COVER * whole for mine, whole in zip(patch, image, strict=False)):
+            sizes = (" x ".join(map(str, size)) for size in (patch, image))
+            problems.append(
+                Problem(
+                    "patches of {} voxels in images of {}: outlines are cut off".format(*sizes),
+                    f"patches that cover {SMALLEST_COVER:.0%} of the median image along each axis",
+                    "plan with a coarser --overwrite_target_spacing or a larger preset, or take what is cut off for "
+                    "no ellipse with --set force=true",
+                )
+            )
+        return problems
 
     def build(self) -> Parts:
         job, decay, schema = self.job, self.settings.ema_decay_max, self.job.schema

@@ -179,7 +179,8 @@ class MutualMaskMix(SemiSupervisedTrainer):
         terms = {"pseudo": pseudo}
         if LOW in taps:
             terms["low"] = self._agreement(low_distance, exchange, features[LOW], wanted[LOW])
-            self._watch_scale(features[LOW], at)
+            size = features[LOW].detach().float().abs().mean()
+            self._watch_scale(size, at)
         if HIGH in taps:
             terms["high"] = self._agreement(high_distance, exchange, features[HIGH], wanted[HIGH])
         weights["pseudo"] = settings.alpha
@@ -190,6 +191,8 @@ class MutualMaskMix(SemiSupervisedTrainer):
             "mixed_share": (~mask).float().mean(),
             "feature_share": unlabeled.valid.float().mean(),
         }
+        if LOW in taps:
+            measures["low_feature_size"] = size
         for name, term in terms.items():
             measures |= {name: term.detach(), f"{name}_weight": weights[name]}
         return StepOutput({"supervised": true} | {name: weights[name] * term for name, term in terms.items()}, measures)
@@ -216,11 +219,11 @@ class MutualMaskMix(SemiSupervisedTrainer):
         ]
         return torch.stack(distances).mean()
 
-    def _watch_scale(self, features: Tensor, at: Progress) -> None:
-        """Warns once where the features are so large that the low term outweighs the others."""
+    def _watch_scale(self, size: Tensor, at: Progress) -> None:
+        """Warns once where the features' mean size is so large that the low term outweighs the others."""
         if self._warned or at.step % CHECKED_EVERY:
             return
-        scale = float(features.detach().float().abs().mean())
+        scale = float(size)
         if scale > LARGE_FEATURES:
             logger.warning(
                 "m3hl: the last decoder features average %.1f in size, where about 1 was expected; lower lambda_low "

@@ -105,10 +105,11 @@ class MAndN(SemiSupervisedTrainer):
     patches grows while the learning rate falls, because small steps do less harm where a target is wrong. The 3D
     network is deployed.
 
-    Faithful to the released code: the loss, both stages, the turns, learning rates and schedule, the guided crops.
+    Faithful to the released code: the loss, both stages, the turns, learning rates and schedule.
     Ours: the encoder and its fine-tuning (the release adapts SegFormer-B2 by LoRA, which is left out), the share as
-    an expectation, no Dice of classes that are absent, deep supervision of the 3D network, refreshes as fractions of
-    the run, a higher learning rate of the 3D network in short runs. The paper may define the share by the learning
+    an expectation, guided crops for a third of the patches (half there), no Dice of classes that are absent, deep
+    supervision of the 3D network, refreshes as fractions of the run, a higher learning rate of the 3D network in short
+    runs. The paper may define the share by the learning
     rate itself; the released code uses the epoch."""
 
     name = "m_and_n"
@@ -216,14 +217,22 @@ class MAndN(SemiSupervisedTrainer):
             return 0.0
         return (0.5 if self.settings.lrg == "half" else at.phase_fraction) * self.settings.share_max
 
-    def _n_pseudo(self, at: Progress) -> int:
+    @property
+    def _most_pseudo(self) -> int:
         """A labeled patch stays, unless a batch has but one: then it is labeled or not."""
-        batch_size = self.job.labeled_batch_size
-        wanted = batch_size * self._share(at)
+        return min(max(1, self.job.labeled_batch_size - 1), self.job.unlabeled_batch_size)
+
+    def _expected_share(self, at: Progress) -> float:
+        """The mean of what `_n_pseudo` draws, as a share of the batch."""
+        wanted, size = self.job.labeled_batch_size * self._share(at), self.job.labeled_batch_size
+        return min(math.floor(wanted) if self.settings.lrg == "floor" else wanted, self._most_pseudo) / size
+
+    def _n_pseudo(self, at: Progress) -> int:
+        wanted = self.job.labeled_batch_size * self._share(at)
         count = math.floor(wanted)
         if self.settings.lrg != "floor":
             count += int(torch.rand((), generator=at.generator("share")) < wanted - count)
-        return min(count, max(1, batch_size - 1), self.job.unlabeled_batch_size)
+        return min(count, self._most_pseudo)
 
     def _learner(self, at: Progress) -> str:
         """2D first; blocks are shorter where the stage would have too few of them."""
@@ -240,7 +249,7 @@ class MAndN(SemiSupervisedTrainer):
         if at.phase != CO_TRAINING:
             return StepOutput({f"supervised_{SHORT[name]}": self._labeled_loss(name, labeled, at) for name in SHORT})
         learner = self._learner(at)
-        share = {"expected_share": self._share(at), "learner_is_3d": float(learner == "model_3d")}
+        share = {"expected_share": self._expected_share(at), "learner_is_3d": float(learner == "model_3d")}
         if batch.unlabeled is None or not len(batch.unlabeled):
             loss = self._labeled_loss(learner, labeled, at)
             return StepOutput({f"supervised_{SHORT[learner]}": loss}, {"pseudo_share": 0.0, **share}, (learner,))

@@ -309,12 +309,14 @@ class MultiscaleContrast(SemiSupervisedTrainer):
     def _topics(self, batch: Batch, clean: CleanLabels | None, at: Progress) -> list[Topic]:
         """All classes together; regions each for itself, at most four of them in a step."""
         labels, reliable = batch.labeled.target.long(), batch.labeled.valid.expand_as(batch.labeled.target)
-        if clean is not None:
+        inside = torch.ones_like(batch.labeled.valid)  # its valid tells of ignored voxels, which are in the image
+        if clean is not None and batch.unlabeled is not None:
             labels, reliable = torch.cat([labels, clean.common.long()]), torch.cat([reliable, clean.reliable])
+            inside = torch.cat([inside, batch.unlabeled.valid])
         if not self.job.schema.has_regions:
-            return [Topic(labels, reliable, self.job.schema.n_outputs)]
+            return [Topic(labels, reliable, self.job.schema.n_outputs, inside=inside)]
         chosen = torch.randperm(labels.shape[1], generator=at.generator("regions"))[:MOST_REGIONS].sort().values
-        return [Topic(labels[:, [r]], reliable[:, [r]], 2, first=2 * r) for r in chosen.tolist()]
+        return [Topic(labels[:, [r]], reliable[:, [r]], 2, 2 * r, inside) for r in chosen.tolist()]
 
     def _contrasts(
         self, maps: Mapping[str, Mapping[str, Tensor]], topics: Sequence[Topic], valid: Tensor, at: Progress

@@ -26,7 +26,11 @@ from autossl.trainers.base import (
     StreamBatch,
     setting,
 )
-from autossl.trainers.components.area_similarity import area_similarity_contrast, halves_of_axes
+from autossl.trainers.components.area_similarity import (
+    area_similarity_contrast,
+    halves_of_axes,
+    pairs_that_show_something,
+)
 from autossl.trainers.components.augment import clipped_noise
 from autossl.trainers.components.gated_average import GatedAverage, foreground_score
 from autossl.trainers.components.losses import connected_zero, probability_mse
@@ -114,9 +118,11 @@ class SemiCML(SemiSupervisedTrainer):
     scored well, gives soft pseudo-labels under input noise, from which the weaker network and finally both re-learn.
 
     Faithful to the hosted code: both terms, the gate of the average, the two phases and all numbers (its scale divided
-    by 10). Reconstructed: several classes, empty and rare areas, a single unlabeled patch (cut into tiles), labels in
-    the second phase, symmetric noise, labeled training patches instead of validation cases for the gate and for the
-    choice of the better modality. A case that lacks one modality trains the network of the other with its label."""
+    by 10), but for the supervised loss, which is the product's, and as many unlabeled patches as labeled ones.
+    Reconstructed: several classes, rare areas, which patches show foreground (all do in the code's data), a patch that
+    alone does (cut into tiles), labels in the second phase, symmetric noise, labeled training patches instead of
+    validation cases for the gate and for the choice of the better modality. A case that lacks one modality trains the
+    network of the other with its label."""
 
     name = "semi_cml"
     title = "Semi-CML: contrastive mutual learning of two modalities, and pseudo-label re-learning"
@@ -130,7 +136,8 @@ class SemiCML(SemiSupervisedTrainer):
     reduces_to_supervised = True
     unsupervised_weights = ("lambda_mse", "lambda_asc", "lambda_prel")
     changes_supervised = True
-    ablation = {"lambda_asc": "0", "prel_asc": "0"}
+    # re-learning keeps its weight without the contrast's share of it
+    ablation = {"lambda_asc": "0", "prel_asc": "0", "lambda_prel": "0.9"}
     settings: SemiCMLSettings
 
     @classmethod
@@ -166,6 +173,7 @@ class SemiCML(SemiSupervisedTrainer):
                 "scores": torch.zeros(2, 2),
                 "last_scores": torch.zeros(2, 2),
                 **{f"pool_{side}": [] for side in SIDES},
+                "teacher_moves": torch.zeros(2),
             },
         )
 
@@ -210,13 +218,16 @@ class SemiCML(SemiSupervisedTrainer):
         if done > LAST_STRETCH * steps:
             memory["last_scores"] += self._step_scores
         is_point = POINTS * done // steps > POINTS * (done - 1) // steps
-        if not is_point or (at.step + 1) / at.total <= FIRST_POINT:
+        if not is_point:
             return
         means = (memory["scores"][:, 0] / memory["scores"][:, 1]).tolist()  # nan where nothing was scored
+        memory["scores"].zero_()
+        if (at.step + 1) / at.total <= FIRST_POINT:
+            return
         for side, teacher in self.teachers.items():
             pool = f"pool_{side}"
-            memory[pool] = teacher.offer(self._network(side), means[side - 1], memory[pool])
-        memory["scores"].zero_()
+            before, memory[pool] = memory[pool], teacher.offer(self._network(side), means[side - 1], memory[pool])
+            memory["teacher_moves"][side - 1] += teacher.is_ready(memory[pool]) and memory[pool] != before
 
     def prediction(self) -> PredictionSpec:
         if self._is_supervised:
@@ -328,16 +339,22 @@ class SemiCML(SemiSupervisedTrainer):
         return self.job.supervised_loss([level[:n] for level in z], known.target, known.valid), z[0][n:]
 
     def _scores(self) -> dict[str, Tensor | float]:
-        return {f"labeled_dice_{side}": self._step_scores[side - 1, 0] for side in SIDES}
+        """Of this step, and how often the averages have moved so far."""
+        moves = self.parts.memory["teacher_moves"]
+        return {
+            **{f"labeled_dice_{side}": self._step_scores[side - 1, 0] for side in SIDES},
+            **{f"teacher_moves_{side}": float(moves[side - 1]) for side in self.teachers},
+        }
 
     def _area_contrast(self, q_1: Tensor, q_2: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The contrast of the foreground; a single patch is cut into tiles that stand for patches."""
+        """The contrast of the foreground. If one patch alone shows some, its tiles stand for patches."""
         first = 0 if self.job.schema.has_regions else 1
         maps = [torch.where(valid, q[:, first:], 0) for q in (q_1, q_2)]
-        if len(q_1) == 1:
-            maps = [halves_of_axes(values) for values in maps]
+        shown, alone = pairs_that_show_something(*maps), 1.0
+        if int(shown.sum()) == 1:
+            maps, alone = [halves_of_axes(values[shown]) for values in maps], 1 / len(shown)
         found = area_similarity_contrast(maps[0], maps[1], self.settings.similarity)
-        return found.loss, {"area_row_share": found.row_share, "area_class_share": found.class_share}
+        return found.loss, {"area_row_share": found.row_share * alone, "area_class_share": found.class_share}
 
     @torch.no_grad()
     def _soft_labels(self, image: Tensor, better: int, at: Progress) -> Tensor:

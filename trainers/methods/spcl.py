@@ -1,14 +1,4 @@
-"""Self-paced contrast: patches from the same place, patient or phase should look alike to the encoder.
-
-Faithful to Peng et al. 2021 and their release: the loss, its temperature, the projectors on the bottleneck, the
-pre-training of the encoder, the pace of both phases. Reconstruction: the bank of earlier rows (a batch of patches has
-few positives), the tolerance scaled to the number of candidates, 3D positions, phases as shares of the run, and that
-axes which tell a position are not mirrored for these patches. The pooled features are standardized by their running
-moments, which is ours as well: instance normalization has taken out of them nearly all that a mean over space can tell,
-so that patches differ by a few percent and the contrast of the release, made for batch normalization, starts from
-cosines of 0.998 and collapses. Left out: contrast in the decoder, which is optional in
-the paper, and consistency between the views.
-"""
+"""Self-paced contrast: patches from the same place, patient or phase should look alike to the encoder."""
 
 from __future__ import annotations
 
@@ -66,6 +56,8 @@ DIM = 256
 """Of the projectors' hidden layer and of the embeddings."""
 WARM_UP, PRETRAINING_RATE = 0.05, 0.5
 """Share of the pre-training in which its learning rate grows, and that rate in units of the plan's."""
+BANK_STEPS = 8
+"""Embeddings of earlier steps than these come from too different an encoder."""
 SMALLEST_MEAN = 1e-3
 """A loss is divided by no smaller mean of its pair weights, where hardly any pair is easy enough."""
 
@@ -93,7 +85,9 @@ class SelfPacedContrastSettings(MethodSettings):
     gamma_end: float | None = setting(None, "at its end; None: 60 position, 50 patient, phase", RELEASE, gt=0)
     correct_grad: bool = setting(True, "divide a label's loss by the mean weight of its pairs", RELEASE)
     temperature: float = setting(0.07, "of the similarities", RELEASE, gt=0)
-    bank_size: int = setting(256, "embeddings of earlier steps among the candidates; 0: none", "ours", ge=0)
+    bank_size: int = setting(
+        256, "embeddings of earlier steps among the candidates, of 8 steps at most; 0: none", "ours", ge=0
+    )
     labeled_only: bool = setting(
         False, "without unlabeled cases: contrast on the labeled ones, without their labels", RELEASE
     )
@@ -103,7 +97,17 @@ class SelfPacedContrast(SemiSupervisedTrainer):
     """Scans carry labels for free: where in the body a patch lies, whose it is, which phase it shows. Patches that
     share such a label are pulled together in the encoder's deepest features, first on all cases as a pre-training,
     then on the unlabeled ones beside the supervised loss. Because the labels are noisy (the middle slice of one scan
-    is not that of another) pairs that are still far apart count less, and ever less so."""
+    is not that of another) pairs that are still far apart count less, and ever less so.
+
+    Faithful to the paper and its release: the loss, its temperature, the projectors on the bottleneck, the pre-training
+    of the encoder, the pace of both phases. Ours: the bank of earlier rows (a batch of patches has few positives), the
+    tolerance scaled to the number of candidates, 3D positions, phases as shares of the run, optimizer and learning
+    rates, and that axes which tell a position are not mirrored for these patches. The pooled features are standardized
+    by their running moments, which is ours as well: instance normalization has taken out of them nearly all that a mean
+    over space can tell, so that patches differ by a few percent and the contrast of the release, made for batch
+    normalization, starts from cosines of 0.998 and collapses. Left out: contrast in the decoder, which is optional in
+    the paper, and consistency between the views. Without any contrast (both weights 0) a run is that of `supervised`,
+    so the ablation takes the pace away instead: all pairs count alike."""
 
     name = "spcl"
     title = "Self-paced contrast of patches by position, patient and phase"
@@ -115,7 +119,7 @@ class SelfPacedContrast(SemiSupervisedTrainer):
     Settings = SelfPacedContrastSettings
     reduces_to_supervised = True
     unsupervised_weights = ("lambda_pre", "lambda_contrast")
-    ablation = {"lambda_pre": "0", "lambda_contrast": "0"}
+    ablation = {"self_pacing": "off"}
     settings: SelfPacedContrastSettings
 
     def build(self) -> Parts:
@@ -132,8 +136,8 @@ class SelfPacedContrast(SemiSupervisedTrainer):
         for kind in self.kinds:
             seed = derive_seed(job.seed, "projector", kind)
             parts.trained[f"project_{kind}"] = Projector(channels, DIM, DIM, norm=None, pool="global", seed=seed)
-            if self.settings.bank_size:
-                parts.memory[f"bank_{kind}"] = ClassBank(1, DIM, self.settings.bank_size, n_labels=2)
+            if size := self._bank_size:
+                parts.memory[f"bank_{kind}"] = ClassBank(1, DIM, size, n_labels=2)
         return parts
 
     def phases(self) -> list[Phase]:
@@ -212,8 +216,13 @@ class SelfPacedContrast(SemiSupervisedTrainer):
             INSTANCE: MetaLabel(index, torch.ones_like(index, dtype=torch.bool)),
         }
 
+    @property
+    def _bank_size(self) -> int:
+        per_step = self.job.unlabeled_batch_size + (self.job.labeled_batch_size if self.settings.lambda_pre > 0 else 0)
+        return min(self.settings.bank_size, BANK_STEPS * per_step)
+
     def _bank(self, kind: str) -> Rows | None:
-        if not self.settings.bank_size:
+        if not self._bank_size:
             return None
         stored = self.parts.memory[f"bank_{kind}"].everything()
         return Rows(stored.rows, stored.labels[:, 0], stored.labels[:, 1] > 0)

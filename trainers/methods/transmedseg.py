@@ -28,8 +28,10 @@ from autossl.trainers.base import (
 from autossl.trainers.components.banks import ClassMoments
 from autossl.trainers.components.contrast import sample_voxels
 from autossl.trainers.components.ema import EMATeacher
+from autossl.trainers.components.losses import probability_mse
 from autossl.trainers.components.masks import box_mask, half_size
 from autossl.trainers.components.mixing import CopyPaste, Exchange, pseudo_labels_of, single_component_channels
+from autossl.trainers.components.schedules import sigmoid_ramp
 from autossl.trainers.components.transfer import class_balanced_ce, transferable_logits
 
 TSA = "Li et al. 2021 (TSA), released code"
@@ -44,6 +46,11 @@ Rows = tuple[Tensor, Tensor]
 class TransMedSegSettings(MethodSettings):
     """What can be changed with --set."""
 
+    base: Literal["bcp", "mean_teacher"] = setting(
+        "bcp",
+        "beside it: bcp (mixed patches, a labeled phase first) or mean_teacher (patches as they are)",
+        "the paper's",
+    )
     lambda_tsa: float = setting(0.1, "weight of the augmented cross-entropy", "ours: the paper's is not public", ge=0)
     strength_end: float = setting(0.25, "strength of the augmentation at the end; it grows linearly from 0", TSA, ge=0)
     direction: Literal["student", "teacher"] = setting(
@@ -58,6 +65,9 @@ class TransMedSegSettings(MethodSettings):
     detach_w_correction: bool = setting(False, "no gradient of the correction into the classifier's weights", "ours")
     r_pre: float = setting(0.2, "fraction of the run with labeled images alone", "ours, as bcp", gt=0, lt=1)
     alpha: float = setting(0.5, "weight of the pseudo-labeled part of a mixed image", BCP, ge=0)
+    lambda_mean_teacher: float = setting(
+        0.1, "with base=mean_teacher: weight of its consistency after a ramp over the run", "SSL4MIS benchmark", ge=0
+    )
     box_fraction: float = setting(2 / 3, "side of the pasted box as a share of the patch", BCP, gt=0, lt=1)
     ema_decay_max: float | None = setting(
         None, "the teacher's decay; None: the plan's horizon", "ours: 1 - 300 / T in 0.99..0.999", ge=0, lt=1
@@ -71,11 +81,13 @@ class TransMedSeg(SemiSupervisedTrainer):
     mean of the student's labeled features and mean and covariance of the teacher's unlabeled ones. Each labeled feature
     then stands for a Gaussian cloud, moved by the difference of the means and spread by that covariance, and the
     classifier must be right on the whole of it: the expected cross-entropy has a closed-form upper bound, so nothing
-    is drawn. This is learned beside bidirectional copy-paste.
+    is drawn. This is learned beside bidirectional copy-paste, or beside mean_teacher.
 
-    The bound and the moments follow the published equations. Reconstructed, since no code exists: the weight, how the
+    The bound and the moments follow the paper's equations as others report them: neither its text nor code was
+    found. Reconstructed: whose features are moved (the abstract says the reverse, see `direction`), the weight, how the
     strength grows, which voxels enter, the decay of the memory, and the last decoder features as its space. The graph
-    term of its base method (GraphCL, arXiv:2411.13147) and TSA's mutual information are left out."""
+    term of its base method (GraphCL, arXiv:2411.13147) and TSA's mutual information are left out. The log tells the
+    plain cross-entropy of the same voxels (`clean`) and what the augmentation adds to it (`tsa`) apart."""
 
     name = "transmedseg"
     title = "TransMedSeg: transferable semantic augmentation"
@@ -86,9 +98,9 @@ class TransMedSeg(SemiSupervisedTrainer):
     needs = Needs(teacher=True, softmax_only=True)
     Settings = TransMedSegSettings
     reduces_to_supervised = True
-    unsupervised_weights = ("alpha", "lambda_tsa")
+    unsupervised_weights = ("alpha", "lambda_tsa", "lambda_mean_teacher")
     changes_supervised = True
-    ablation = {"lambda_tsa": "0"}
+    ablation = {"strength_end": "0"}
     settings: TransMedSegSettings
 
     def build(self) -> Parts:
@@ -111,8 +123,8 @@ class TransMedSeg(SemiSupervisedTrainer):
     def phases(self) -> list[Phase]:
         if self.job.has_unlabeled:
             r_pre = self.settings.r_pre
-            return [Phase(COPY_PASTE, share=r_pre), Phase(TRANSFER, share=1 - r_pre)]
-        return [Phase(COPY_PASTE)] if self.settings.labeled_only else super().phases()
+            return [Phase(COPY_PASTE, r_pre), Phase(TRANSFER, 1 - r_pre)] if self._mixes else [Phase(TRANSFER)]
+        return [Phase(COPY_PASTE)] if self.settings.labeled_only and self._mixes else super().phases()
 
     def request(self, at: Progress) -> BatchRequest:
         request = super().request(at)
@@ -125,7 +137,7 @@ class TransMedSeg(SemiSupervisedTrainer):
     def losses(self, batch: Batch, at: Progress) -> StepOutput:
         labeled, network = batch.labeled, self.parts.trained["network"]
         self._seen = []
-        if not self.job.has_unlabeled and not self.settings.labeled_only:  # the twin, bit for bit
+        if not self.job.has_unlabeled and not (self.settings.labeled_only and self._mixes):  # the twin, bit for bit
             z = network(labeled.image)
             return StepOutput({"supervised": self.job.supervised_loss(z, labeled.target, labeled.valid)})
         if batch.unlabeled is None or at.phase == COPY_PASTE:
@@ -137,7 +149,7 @@ class TransMedSeg(SemiSupervisedTrainer):
     def after_step(self, at: Progress) -> None:
         if at.phase != TRANSFER:
             return
-        self.teacher.update(self.parts.trained["network"], at.step, ramp_in=False)
+        self.teacher.update(self.parts.trained["network"], at.step, ramp_in=not self._mixes)
         # only now: a step sees the memory of the steps before
         for moments, rows in zip((self.labeled_moments, self.unlabeled_moments), self._seen, strict=False):
             moments.update(*rows)
@@ -152,45 +164,75 @@ class TransMedSeg(SemiSupervisedTrainer):
         return {other[0]: self.job.single_network_prediction(other[1])}
 
     @property
+    def _mixes(self) -> bool:
+        return self.settings.base == "bcp"
+
+    @property
     def _teacher_predicts(self) -> bool:
         return self.settings.infer == "teacher" and self.job.has_unlabeled
 
     # ------------------------------------------------------------------------------------------------ the second phase
 
     def _transfer(self, labeled: StreamBatch, unlabeled: StreamBatch, at: Progress) -> StepOutput:
-        """Mixtures as in bcp; and, in the same pass, the labeled patches as they are, whose features are augmented."""
-        alpha, weight = self.settings.alpha, self.settings.lambda_tsa
+        """The base method; and, in the same pass, the labeled patches as they are, whose features are augmented."""
+        weight = self.settings.lambda_tsa
         with torch.no_grad():
             z_teacher, taps = forward_features(self.teacher.network, unlabeled.image, ("dec:last",))
         q = self.job.probabilities(z_teacher[0])
-        pseudo = pseudo_labels_of(q, self.single_component)
-        mask = self._mask(half_size(len(labeled), len(unlabeled)), labeled.image, at)
-        mixed = Exchange(labeled, unlabeled, pseudo, mask)
-        n_mixed = 2 * len(mask)
-        x = torch.cat([mixed.image, labeled.image]) if weight > 0 else mixed.image
-        z, features = forward_features(self.parts.trained["network"], x, ("dec:last",))
-        true, guessed = mixed.loss([level[:n_mixed] for level in z])
-        output = StepOutput(
-            {"supervised": true, "pseudo": alpha * guessed},
-            {"pseudo": guessed.detach(), "pseudo_weight": alpha, "pseudo_share": mixed.pseudo_share},
-        )
+        output, f = self._mixed(labeled, unlabeled, q, at) if self._mixes else self._averaged(labeled, unlabeled, q, at)
         if weight > 0:
-            sure = (pseudo.confidence >= self.settings.confidence) & unlabeled.valid
-            here = self._rows(features["dec:last"][n_mixed:], labeled.target, labeled.valid, at, "labeled voxels")
+            sure = (q.amax(1, keepdim=True) >= self.settings.confidence) & unlabeled.valid
+            here = self._rows(f, labeled.target, labeled.valid, at, "labeled voxels")
             there = self._rows(taps["dec:last"], q.argmax(1, keepdim=True), sure, at, "unlabeled voxels")
             self._seen = [(rows.detach(), classes) for rows, classes in (here, there)]
-            tsa, measures = self._augmented_ce(here, there, self.settings.strength_end * at.phase_fraction)
-            output.losses["tsa"] = weight * tsa
+            plain, bound, measures = self._augmented_ce(here, there, self.settings.strength_end * at.phase_fraction)
+            output.losses |= {"clean": weight * plain, "tsa": weight * (bound - plain)}
             output.measures |= {
                 **measures,
+                "clean": plain.detach(),
+                "tsa": (bound - plain).detach(),
                 "tsa_weight": weight,
                 "tsa_share": len(here[1]) / max(1, int(labeled.valid.sum())),
                 "confident_share": sure.sum() / unlabeled.valid.sum().clamp(min=1),
             }
         return output
 
-    def _augmented_ce(self, here: Rows, there: Rows, strength: float) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The bound, class-balanced, and what was measured on the way. Gradients reach features and classifier."""
+    def _mixed(
+        self, labeled: StreamBatch, unlabeled: StreamBatch, q: Tensor, at: Progress
+    ) -> tuple[StepOutput, Tensor]:
+        """bcp's step, and the features [B, A, *S] of the labeled patches as they are."""
+        alpha = self.settings.alpha
+        mask = self._mask(half_size(len(labeled), len(unlabeled)), labeled.image, at)
+        mixed = Exchange(labeled, unlabeled, pseudo_labels_of(q, self.single_component), mask)
+        n_mixed = 2 * len(mask)
+        x = torch.cat([mixed.image, labeled.image]) if self.settings.lambda_tsa > 0 else mixed.image
+        z, features = forward_features(self.parts.trained["network"], x, ("dec:last",))
+        true, guessed = mixed.loss([level[:n_mixed] for level in z])
+        output = StepOutput(
+            {"supervised": true, "pseudo": alpha * guessed},
+            {"pseudo": guessed.detach(), "pseudo_weight": alpha, "pseudo_share": mixed.pseudo_share},
+        )
+        return output, features["dec:last"][n_mixed:]
+
+    def _averaged(
+        self, labeled: StreamBatch, unlabeled: StreamBatch, q: Tensor, at: Progress
+    ) -> tuple[StepOutput, Tensor]:
+        """mean_teacher's step without noise, and the features [B, A, *S] of the labeled patches."""
+        n, weight = len(labeled), self.settings.lambda_mean_teacher * sigmoid_ramp(at.fraction, 1.0)
+        image = torch.cat([labeled.image, unlabeled.image]) if weight > 0 else labeled.image
+        z, features = forward_features(self.parts.trained["network"], image, ("dec:last",))
+        supervised = self.job.supervised_loss([level[:n] for level in z], labeled.target, labeled.valid)
+        output = StepOutput({"supervised": supervised})
+        if weight > 0:
+            consistency = probability_mse(self.job.probabilities(z[0][n:]), q, unlabeled.valid)
+            output.losses["consistency"] = weight * consistency
+            output.measures |= {"consistency": consistency.detach(), "consistency_weight": weight}
+        return output, features["dec:last"][:n]
+
+    def _augmented_ce(
+        self, here: Rows, there: Rows, strength: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
+        """Cross-entropy and its bound, class-balanced, and what was measured; the classifier learns from both."""
         towards_unlabeled = self.settings.direction == "student"
         (f, y), moments = (here, self.unlabeled_moments) if towards_unlabeled else (there, self.labeled_moments)
         ready = (self.unlabeled_moments.count >= self.settings.n_min) & (self.labeled_moments.count > 0)
@@ -202,15 +244,17 @@ class TransMedSeg(SemiSupervisedTrainer):
             z = functional.linear(f.float(), weight, head.bias)
             moving = weight.detach() if self.settings.detach_w_correction else weight
             direction = 1 if towards_unlabeled else -1
-            tsa = class_balanced_ce(transferable_logits(z, moving, y, direction * shift, cov, strength), y)
-            excess = tsa.detach() - class_balanced_ce(z.detach(), y)
-        return tsa, {
-            "tsa": tsa.detach(),
-            "tsa_excess": excess,
-            "tsa_strength": strength,
-            "classes_ready_share": ready.float().mean(),
-            "mean_shift": shift.norm(dim=1).sum() / ready.sum().clamp(min=1),
-        }
+            bound = class_balanced_ce(transferable_logits(z, moving, y, direction * shift, cov, strength), y)
+            plain = class_balanced_ce(z, y)
+        return (
+            plain,
+            bound,
+            {
+                "tsa_strength": strength,
+                "classes_ready_share": ready.float().mean(),
+                "mean_shift": shift.norm(dim=1).sum() / ready.sum().clamp(min=1),
+            },
+        )
 
     def _rows(self, f: Tensor, classes: Tensor, valid: Tensor, at: Progress, stream: str) -> Rows:
         """So many voxels of each class, from the map [B, A, *S] in front of the last layer."""
