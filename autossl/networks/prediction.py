@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from autossl.data.problems import InvalidInput, Problem, schema_faults
 from autossl.networks.build import build_network
@@ -24,6 +23,8 @@ from autossl.planners.plans import Architecture
 Activation = Literal["softmax", "sigmoid", "dirichlet"]
 SMALLEST_PROBABILITY = 1e-7
 """Keeps the logarithm of a mean probability finite; far below what a label decision can notice."""
+LARGEST_LOGIT = 80.0
+"""As evidence; exp of it, and sums of that, are still finite in float32."""
 HEADS: tuple[str, ...] = ("refine",)
 """Named output heads a member may ask for; a method that deploys one adds its module to `autossl.networks`.
 
@@ -89,7 +90,7 @@ class PredictionSpec(BaseModel):
 
     members: tuple[Member, ...] = Field(min_length=1)
     activation: Activation = "softmax"
-    """softmax over labels; sigmoid per region; dirichlet: evidence e = softplus(logits), α = e + 1, p = α / Σα."""
+    """softmax over labels; sigmoid per region; dirichlet: p = α / Σα, see `dirichlet_alpha`."""
     combine: Literal["single", "mean_probabilities"] = "single"
 
     @model_validator(mode="after")
@@ -203,8 +204,17 @@ def probabilities_of(logits: Tensor, activation: Activation, dim: int = 1) -> Te
         return logits.softmax(dim)
     if activation == "sigmoid":
         return logits.sigmoid()
-    alpha = functional.softplus(logits) + 1
+    alpha = dirichlet_alpha(logits)
     return alpha / alpha.sum(dim, keepdim=True)
+
+
+def dirichlet_alpha(logits: Tensor) -> Tensor:
+    """α = e + 1 with the evidence e = exp(logits), bounded so that float32 holds sums of it.
+
+    Not softplus: there a voxel with much evidence for a wrong class hardly moves, because the gradient of α / Σα falls
+    with α. Hippocampus, 2D, nano, 8 labels, 400 steps, both networks' supervised part alone: Dice 0.30 with softplus.
+    """
+    return logits.float().clamp(max=LARGEST_LOGIT).exp() + 1
 
 
 def logits_of(probabilities: Tensor, activation: Activation) -> Tensor:

@@ -43,8 +43,8 @@ def opinion(belief: tuple[float, ...], uncertainty: float) -> Opinion:
 
 
 def logit_of(evidence: float) -> float:
-    """softplus(logit) = evidence."""
-    return math.log(math.expm1(evidence)) if evidence < 30 else evidence
+    """exp(logit) = evidence."""
+    return math.log(evidence)
 
 
 # -------------------------------------------------------------------------------------------------- evidence and fusion
@@ -60,6 +60,14 @@ def test_evidence_belief_and_uncertainty() -> None:
     torch.testing.assert_close(found.log_p.softmax(1), probabilities_of(z, "dirichlet"))
     extreme = dirichlet(torch.tensor([-1e4, 6e4]).view(1, 2, 1))
     assert all(torch.isfinite(part).all() for part in (*extreme, *extreme.opinion, extreme.log_p))
+
+
+def test_much_evidence_for_the_wrong_class_is_taken_back() -> None:
+    """The gradient on the wrong logit stays near 1, as that of a softmax does, however large the evidence is."""
+    z = torch.tensor([-2.0, 6.0]).view(1, 2, 1).requires_grad_()
+    (-dirichlet(z).log_p[0, 0]).sum().backward()
+    assert z.grad is not None
+    assert 0.9 < z.grad[0, 1].item() < 1
 
 
 def test_fusion_closed_form() -> None:

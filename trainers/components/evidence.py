@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from autossl.networks.prediction import dirichlet_alpha
 
 LARGEST_ALPHA = 1e4
 """α is bounded by this in the Fisher loss; beyond, the trigamma function says nothing in float32."""
@@ -47,8 +48,8 @@ class Dirichlet(NamedTuple):
 
 
 def dirichlet(z: Tensor) -> Dirichlet:
-    """From logits: evidence v = softplus(z), α = v + 1. The activation that `PredictionSpec` calls "dirichlet"."""
-    alpha = functional.softplus(z.float()) + 1
+    """From logits: evidence v = exp(z), α = v + 1. The activation that `PredictionSpec` calls "dirichlet"."""
+    alpha = dirichlet_alpha(z)
     return Dirichlet(alpha, alpha.sum(1, keepdim=True))
 
 

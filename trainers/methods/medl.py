@@ -78,7 +78,8 @@ class MutualEvidential(SemiSupervisedTrainer):
     punished alike.
 
     Faithful: the fusion, the reliability, the curriculum, the Fisher loss and the mean of both networks as prediction.
-    Reconstructed, since no code was found: softplus as evidence; the size of the curriculum, of ln|I| and of the
+    Reconstructed, since no code was found: exp as evidence (softplus hardly learns
+    here); the size of the curriculum, of ln|I| and of the
     ramp; the reading of the fusion rule, whose printed subscripts do not agree; the direction of the ranks; that the
     reliability multiplies the losses; that the fused belief reaches labeled voxels through the ranking alone; and the
     ramp on the pseudo-labels. The residual network has the plan's stages (the paper: a V-Net and a V-Net decoder on a
