@@ -158,6 +158,10 @@ def test_claims_and_the_classes_that_are_drawn() -> None:
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
+RELEASED: dict[str, Any] = {"lambda_max": 0.1, "ramp_end": 2.4, "lambda_iuc": 2.0, "r_warm": None}
+"""Weights and warm-up of the released code and the specification; the defaults are ours."""
+
+
 def trainer(n_unlabeled: int = 4, job: dict[str, Any] | None = None, **settings: Any) -> CompetitiveContrast:
     return CompetitiveContrast(toy_job(n_unlabeled=n_unlabeled, **(job or {})), CompetitiveContrastSettings(**settings))
 
@@ -207,7 +211,7 @@ def logits_of(method: CompetitiveContrast, batch: Batch) -> dict[str, list[Tenso
 
 
 def test_the_terms_of_a_step_by_hand() -> None:
-    method = trainer()
+    method = trainer(**RELEASED)
     batch = batch_of(method.job)
     output = step(method, 1.0, batch)
     assert list(output.losses) == [*SUPERVISED, *SPECIAL]
@@ -238,7 +242,7 @@ def test_the_terms_of_a_step_by_hand() -> None:
 
 
 def test_the_contrast_of_a_step_by_hand() -> None:
-    method = trainer()
+    method = trainer(**RELEASED)
     batch = batch_of(method.job)
     assert batch.unlabeled is not None
     output = step(method, 1.0, batch)
@@ -363,15 +367,18 @@ def test_equal_logits_have_a_bounded_gradient() -> None:
 
 
 def test_weights_over_the_run() -> None:
-    method = trainer()
+    method = trainer(**RELEASED)
     assert list(step(method, 0.019).losses) == [*SUPERVISED, "consistency"]
     outputs = {r: step(method, r).measures for r in (0.02, 0.5, 1.0)}
     expected = [0.1 * math.exp(-5 * (1 - r / 2.4) ** 2) for r in outputs]
     assert [float(m["competition_weight"]) for m in outputs.values()] == pytest.approx(expected, rel=1e-5)
     assert expected[-1] == pytest.approx(0.01824, rel=1e-3)
     assert [float(m["contrast_weight"]) for m in outputs.values()] == [2] * 3
-    assert float(step(trainer(ramp_end=0.4), 0.5).measures["competition_weight"]) == 0.1
     assert list(step(trainer(r_warm=0.3), 0.29).losses) == [*SUPERVISED, "consistency"]
+    ours = trainer()
+    assert list(step(ours, 0.249).losses) == [*SUPERVISED, "consistency"]
+    assert float(step(ours, 0.4).measures["competition_weight"]) == 1
+    assert float(step(ours, 0.25).measures["contrast_weight"]) == 0.2
 
 
 def test_ablation_takes_the_contrast_away() -> None:
