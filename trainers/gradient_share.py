@@ -16,7 +16,9 @@ TOTAL = "total"
 MEASUREMENTS = 50
 """About so many over a run, where it is long enough."""
 MAX_COST = 0.02
-"""Of the time of a run."""
+"""Of the time of a run, unless that left fewer measurements than `FEWEST`."""
+FEWEST, SHORTEST = 12, 16
+"""Measurements, and steps between two of them: runs of a few steps go without."""
 BACKWARD_SHARE = 2 / 3
 """Of a step that a backward pass takes, at most: it computes two products where the forward pass computes one."""
 
@@ -24,7 +26,8 @@ BACKWARD_SHARE = 2 / 3
 def measuring_interval(total_steps: int, n_terms: int) -> int:
     """Steps between two measurements: one backward pass for each unsupervised term, one for the supervised ones."""
     passes = 1 + n_terms + (n_terms > 1)
-    return max(math.ceil(total_steps / MEASUREMENTS), math.ceil(passes * BACKWARD_SHARE / MAX_COST), 1)
+    affordable = math.ceil(passes * BACKWARD_SHARE / MAX_COST)
+    return max(math.ceil(total_steps / MEASUREMENTS), min(affordable, max(SHORTEST, total_steps // FEWEST)), 1)
 
 
 def gradient_shares(

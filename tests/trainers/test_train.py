@@ -355,7 +355,7 @@ def test_ct_of_a_budget_is_normalized_by_its_own_labels(tmp_path: Path) -> None:
     assert budget.store.has(labeled[0], labeled=True)
 
 
-def test_loader_processes_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_processes_but_one_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr("autossl.trainers.train.usable_cpus", lambda: 2)
     try:
@@ -367,6 +367,8 @@ def test_loader_processes_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch
         share_cores("cuda", 2)
         assert torch.get_num_threads() == 2
         share_cores("cpu", 1)
+        assert torch.get_num_threads() == 2
+        share_cores("cpu", 2)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
