@@ -14,6 +14,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from autossl.data.problems import InvalidInput, Problem, nearest
+from autossl.networks.activations import LeakyReLU
 from autossl.planners.plans import NETWORK_CLASSES, Architecture
 
 NETWORKS: dict[str, type[nn.Module]] = {
@@ -29,13 +30,13 @@ _MODULES: tuple[type[nn.Module], ...] = (
     nn.BatchNorm3d,
     nn.Dropout2d,
     nn.Dropout3d,
-    nn.LeakyReLU,
+    LeakyReLU,
     nn.ReLU,
 )
 MODULES_BY_NAME: dict[str, type[nn.Module]] = {
     name: module
     for module in _MODULES
-    for name in (f"torch.nn.{module.__name__}", f"{module.__module__}.{module.__name__}")
+    for name in (f"torch.nn.{module.__name__}", f"{getattr(nn, module.__name__).__module__}.{module.__name__}")
 }
 """Both spellings that nnU-Net plans use: `torch.nn.LeakyReLU` and `torch.nn.modules.conv.Conv3d`."""
 
