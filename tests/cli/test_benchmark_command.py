@@ -390,7 +390,7 @@ def test_a_variant_is_a_row_with_settings_of_its_own(workspace: Workspace) -> No
     assert len({run.folder for run in plan.runs}) == 4
     command = execute.train_command(plan, plan.runs[2])
     assert command[command.index("-m") + 1] == "spcl"
-    assert "lambda_contrast=0" in command
+    assert "self_pacing=off" in command
     with pytest.raises(InvalidInput, match="'mean_teacher:ablation' has the settings of mean_teacher"):
         plan_benchmark(request(workspace, methods=("mean_teacher:ablation",)))
 
