@@ -20,7 +20,7 @@ class LeakyReLU(nn.LeakyReLU):
     def forward(self, input: Tensor) -> Tensor:
         """Of any shape."""
         if self.negative_slope > 0 and torch.is_grad_enabled() and input.requires_grad:
-            found: Tensor = _OfOutput.apply(input, self.negative_slope)  # type: ignore[no-untyped-call]
+            found: Tensor = _OfOutput.apply(input, self.negative_slope)
             return found
         return super().forward(input)
 
@@ -34,6 +34,6 @@ class _OfOutput(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         return torch.ops.aten.leaky_relu_backward(gradient, y, ctx.slope, True), None
