@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autossl.trainers.base import SemiSupervisedTrainer
+from autossl.trainers.components.banks import ClassMoments
 from family import (
     KINDS,
     METHODS,
@@ -173,10 +174,16 @@ def test_terms_beyond_the_supervised_ones_are_there_and_move_the_weights(name: s
 
 @torch.no_grad()
 def _leave_the_start(method: SemiSupervisedTrainer) -> None:
-    """Outputs that begin as equal, or as zero, teach each other nothing yet."""
+    """Outputs that begin as equal, or as zero, teach each other nothing yet, and neither do moments of nothing."""
     generator = torch.Generator().manual_seed(0)
     for parameter in trained_parameters(method).values():
         parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    for moments in method.parts.memory.values():
+        if isinstance(moments, ClassMoments):
+            moments.mean += torch.randn(moments.mean.shape, generator=generator)
+            moments.count += 1000
+            if moments.kind == "diag":
+                moments.cov += 1
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "supervised"])
