@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from autossl.data.runs import CHECKPOINT_LATEST
+from autossl.networks.layers import to_channels_last
 from autossl.trainers.base import (
     Batch,
     BatchRequest,
@@ -428,6 +429,9 @@ def place_parts(parts: Parts, device: str) -> None:
         module.to(device).train()
     for module in parts.followers.values():
         module.to(device).eval()
+    if device == "cpu":
+        for module in (*parts.trained.values(), *parts.followers.values()):
+            to_channels_last(module)
     for name, value in parts.memory.items():
         if isinstance(value, Tensor | torch.nn.Module):
             parts.memory[name] = value.to(device)

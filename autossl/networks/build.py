@@ -14,7 +14,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from autossl.data.problems import InvalidInput, Problem, nearest
-from autossl.networks.activations import LeakyReLU
+from autossl.networks.layers import InstanceNorm2d, InstanceNorm3d, LeakyReLU
 from autossl.planners.plans import NETWORK_CLASSES, Architecture
 
 NETWORKS: dict[str, type[nn.Module]] = {
@@ -24,8 +24,8 @@ NETWORKS: dict[str, type[nn.Module]] = {
 _MODULES: tuple[type[nn.Module], ...] = (
     nn.Conv2d,
     nn.Conv3d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
+    InstanceNorm2d,
+    InstanceNorm3d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
     nn.Dropout2d,

@@ -1,0 +1,116 @@
+"""Layers of a plan's networks that cost less than PyTorch's own, and the memory layout in which they are fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Dimensions of a batch or kernel → layout."""
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Stores the kernels of all convolutions channels last; their outputs follow. Values and names stay.
+
+    On a CPU convolutions are faster so (their own kernels need no reordering), as long as nothing between them asks for
+    another layout; `InstanceNorm2d` and `InstanceNorm3d` of this module do not.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim in _CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """The same bits as PyTorch's, in place or not, without the copies that training in place costs.
+
+    What instance normalization gives is a view, and autograd answers a change in place of a view with copies of the
+    whole tensor, 5 % of a training step. Here nothing is changed in place, and the output alone is kept for the
+    backward pass: its signs are those of the input. So no more memory is held.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of any shape."""
+        if self.negative_slope > 0 and torch.is_grad_enabled() and input.requires_grad:
+            found: Tensor = _OfOutput.apply(input, self.negative_slope)
+            return found
+        return super().forward(input)
+
+
+class _OfOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        y = functional.leaky_relu(x, slope)
+        ctx.save_for_backward(y)
+        ctx.slope = slope
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.leaky_relu_backward(gradient, y, ctx.slope, True), None
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """PyTorch's, and for input that lies channels last on a CPU a path that keeps it so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, channels, y, x)."""
+        return _per_sample(self, input) if _can_stay(self, input) else super().forward(input)
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """PyTorch's, and for input that lies channels last on a CPU a path that keeps it so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, channels, z, y, x)."""
+        return _per_sample(self, input) if _can_stay(self, input) else super().forward(input)
+
+
+def _can_stay(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: Tensor) -> bool:
+    """Whether `_per_sample` can take it; a compiler fuses PyTorch's own better."""
+    usual = (
+        norm.affine and not norm.track_running_stats and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    )
+    layout = _CHANNELS_LAST.get(x.ndim)
+    return usual and layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
+
+
+def _per_sample(norm: nn.InstanceNorm2d | nn.InstanceNorm3d, x: Tensor) -> Tensor:
+    found: Tensor = _ChannelsLastNorm.apply(x, norm.weight, norm.bias, norm.eps)
+    return found
+
+
+class _ChannelsLastNorm(torch.autograd.Function):
+    """Instance normalization as batch normalization of one sample at a time.
+
+    PyTorch's own copies its input to channels first, where samples and channels can be one axis, and so makes the next
+    convolution copy it back. Batch normalization reads channels last as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y = torch.empty_like(x)
+        means, inverse_stds = (x.new_empty(x.shape[:2]) for _ in range(2))
+        for sample, out, mean, inverse_std in zip(x.split(1), y.split(1), means, inverse_stds, strict=True):
+            torch.ops.aten.native_batch_norm.out(
+                sample, weight, bias, None, None, True, 0.0, eps, out=out, save_mean=mean, save_invstd=inverse_std
+            )
+        ctx.save_for_backward(x, weight, means, inverse_stds)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, means, inverse_stds = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+        found = [
+            torch.ops.aten.native_batch_norm_backward(
+                g, sample, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
+            )
+            for g, sample, mean, inverse_std in zip(gradient.split(1), x.split(1), means, inverse_stds, strict=True)
+        ]
+        of_x, of_weight, of_bias = zip(*found, strict=True)
+        return torch.cat(of_x), torch.stack(of_weight).sum(0), torch.stack(of_bias).sum(0), None
