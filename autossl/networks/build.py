@@ -14,7 +14,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from autossl.data.problems import InvalidInput, Problem, nearest
-from autossl.networks.layers import InstanceNorm2d, InstanceNorm3d, LeakyReLU
+from autossl.networks.layers import InstanceNorm2d, InstanceNorm3d, LeakyReLU, join_activations
 from autossl.planners.plans import NETWORK_CLASSES, Architecture
 
 NETWORKS: dict[str, type[nn.Module]] = {
@@ -77,6 +77,7 @@ def build_network(
                 )
             ) from error
         network.apply(network.initialize)
+    join_activations(network)
     return network
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autossl.networks.build import build_network
-from autossl.networks.layers import InstanceNorm2d, InstanceNorm3d, LeakyReLU, to_channels_last
+from autossl.networks.layers import InstanceNorm2d, InstanceNorm3d, LeakyReLU, join_activations, to_channels_last
 from toys import toy_architecture
 
 
@@ -74,6 +74,22 @@ def test_norm_of_channels_last_is_pytorchs_and_stays_channels_last(shape: tuple[
     assert all(t.stride() == drawn(*shape, channels_last=True).stride() for t in found[0][:2])
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_joined_activation_changes_no_bit(channels_last: bool) -> None:
+    apart, joined = (nn.Sequential(InstanceNorm2d(3, affine=True), LeakyReLU(0.01)).double() for _ in range(2))
+    join_activations(joined)
+    assert isinstance(joined[1], nn.Identity)
+    found = []
+    for network in (apart, joined):
+        x = drawn(2, 3, 4, 5, channels_last=channels_last).requires_grad_()
+        y = network(x)
+        found.append((y, *torch.autograd.grad(y, (x, *network.parameters()), drawn(2, 3, 4, 5).flip(0))))
+    assert (found[0][0] < 0).any()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with torch.no_grad():
+        assert torch.equal(joined(drawn(2, 3, 4, 5, channels_last=channels_last)), found[0][0])
+
+
 def test_norm_of_channels_first_has_pytorchs_bits() -> None:
     x = drawn(2, 3, 8, 8)
     norm, expected = InstanceNorm2d(3, affine=True).double(), nn.InstanceNorm2d(3, affine=True).double()
@@ -83,6 +99,9 @@ def test_norm_of_channels_first_has_pytorchs_bits() -> None:
 def test_second_derivatives_of_the_norm_are_there() -> None:
     norm = InstanceNorm2d(2, affine=True).double()
     x = drawn(2, 2, 3, 3, channels_last=True).requires_grad_()
+    torch.autograd.gradcheck(norm, x)
+    torch.autograd.gradgradcheck(lambda v: norm(v).square(), x)
+    norm.slope = 0.1
     torch.autograd.gradcheck(norm, x)
     torch.autograd.gradgradcheck(lambda v: norm(v).square(), x)
 
@@ -99,10 +118,10 @@ def test_networks_stay_channels_last_from_end_to_end(dimensions: int) -> None:
     layout = torch.channels_last if dimensions == 2 else torch.channels_last_3d
     seen = []
     for module in network.modules():
-        if isinstance(module, InstanceNorm2d | InstanceNorm3d | LeakyReLU):
+        if isinstance(module, InstanceNorm2d | InstanceNorm3d | nn.Identity):
             module.register_forward_hook(lambda _, ins, out: seen.append((ins[0], out)))
     found = network(x)
-    assert len(seen) >= 4
+    assert len(seen) >= 6
     assert all(t.is_contiguous(memory_format=layout) for pair in seen for t in pair)
     for mine, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-4)
