@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -131,16 +130,24 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, means, inverse_stds, *activated = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
-        gradients: Iterable[Tensor] = gradient.split(1)
-        if activated:
-            pairs = zip(gradient.split(1), activated[0].split(1), strict=True)
-            gradients = (torch.ops.aten.leaky_relu_backward(g, y, ctx.slope, True) for g, y in pairs)
-        found = [
-            torch.ops.aten.native_batch_norm_backward(
-                g, sample, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
+        layout = _CHANNELS_LAST[x.ndim]
+
+        def of_sample(at: int) -> tuple[Tensor, Tensor, Tensor]:
+            g, given = gradient[at : at + 1], (means[at], inverse_stds[at])
+            if activated:
+                g = torch.ops.aten.leaky_relu_backward(g, activated[0][at : at + 1], ctx.slope, True)
+            g, sample = g.contiguous(memory_format=layout), x[at : at + 1]
+            found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+                g, sample, weight, None, None, *given, True, ctx.eps, [True, True, True]
             )
-            for g, sample, mean, inverse_std in zip(gradients, x.split(1), means, inverse_stds, strict=True)
-        ]
-        of_x, of_weight, of_bias = zip(*found, strict=True)
-        return torch.cat(of_x), torch.stack(of_weight).sum(0), torch.stack(of_bias).sum(0), None, None
+            return found
+
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            of_x, of_weight, of_bias = zip(*map(of_sample, range(len(x))), strict=True)
+            return torch.cat(of_x), torch.stack(of_weight).sum(0), torch.stack(of_bias).sum(0), None, None
+        whole, of_weights, of_biases = torch.empty_like(x), torch.empty_like(means), torch.empty_like(means)
+        for at in range(len(x)):
+            found = of_sample(at)
+            for target, value in zip((whole[at : at + 1], of_weights[at], of_biases[at]), found, strict=True):
+                target.copy_(value)  # while it is in the processor's cache
+        return whole, of_weights.sum(0), of_biases.sum(0), None, None
