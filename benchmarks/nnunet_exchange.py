@@ -9,7 +9,8 @@ TRAINER__PLANS__CONFIGURATION. IMAGES are the first cases of a folder as imagesT
 
 Every row is written as soon as it is measured, and those that are in FILE already are not measured again. The target:
 at least 99.9 % equal voxels, and a mean Dice between the two of at least 0.999 (mean over cases and foreground labels;
-a label that is in neither map counts 1). Label maps are compared as files, so that their grids are compared as well.
+a label that is in neither map counts 1). Maps without any foreground tell nothing, so they reach nothing. Label maps are
+compared as files, so that their grids are compared as well.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def measure(row: Row, nnunet: Path) -> dict[str, Any]:
         seconds = {"nnunet": tools.theirs(row, theirs, model.folds), "autossl": tools.ours(row, ours, model.folds)}
         labels = sorted({value for values in model.schema.foreground.values() for value in values})
         found = agreement(tools.work / "ours", tools.work / "theirs", ending, labels)
-    reached = all(found[key] >= least for key, least in TARGET.items())
+    reached = found["share_foreground"] > 0 and all(found[key] >= least for key, least in TARGET.items())
     facts = {"dataset": model.run.dataset, "configuration": model.run.configuration, "method": model.run.method}
     wall = {f"{tool}_wall_s": round(value, 1) for tool, value in seconds.items()}
     return row.key | facts | {"folds_used": list(model.folds)} | found | {"reached": reached} | wall
