@@ -9,8 +9,8 @@ TRAINER__PLANS__CONFIGURATION. IMAGES are the first cases of a folder as imagesT
 
 Every row is written as soon as it is measured, and those that are in FILE already are not measured again. The target:
 at least 99.9 % equal voxels, and a mean Dice between the two of at least 0.999 (mean over cases and foreground labels;
-a label that is in neither map counts 1). Maps without any foreground tell nothing, so they reach nothing. Label maps are
-compared as files, so that their grids are compared as well.
+a label that is in neither map counts 1). Maps without any foreground tell nothing, so they reach nothing.
+Label maps are compared as files, so that their grids are compared as well.
 """
 
 from __future__ import annotations
