@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,6 @@ READER_OF_ENDING = {
     ".tif": "NaturalImage2DIO",
 }
 READER_OTHERWISE = "SimpleITKIO"
-BUILT_IN_METHODS = ("supervised", "mean_teacher")
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,6 @@ class PlanOptions:
     """z y x in mm, in the images' own axis order."""
     configurations: tuple[str, ...] | None = None
     """Asked for; each must be one that the rules give. All that they give are planned, whatever is asked."""
-    methods: Collection[str] = BUILT_IN_METHODS
-    """Training methods that exist, for the recommendation."""
 
 
 def plan_experiment(
@@ -114,7 +111,7 @@ def plan_from_facts(facts: DatasetFacts, options: PlanOptions) -> Plans:
     space = _decide_space(facts, preset, options)
     sizes, absent = _all_sizes(space, preset)
     _check_asked(options.configurations, sizes, absent, facts.dataset_name)
-    decided = semi_supervised.decide(facts, preset, sizes, options.methods)
+    decided = semi_supervised.decide(facts, preset, sizes)
     why = space.why | {f"configurations.{name}": text for name, text in absent.items()}
     configurations = {}
     for name in sizes:

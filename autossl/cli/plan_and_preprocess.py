@@ -85,7 +85,6 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _request(arguments: argparse.Namespace) -> PlanRequest:
     from autossl.planners.plan_and_preprocess import PlanRequest
     from autossl.planners.plan_experiment import PlanOptions
-    from autossl.trainers.registry import all_methods
 
     spacing, configurations = arguments.overwrite_target_spacing, arguments.configurations
     return PlanRequest(
@@ -96,7 +95,6 @@ def _request(arguments: argparse.Namespace) -> PlanRequest:
             gpu_memory_gb=arguments.gpu_memory_gb,
             overwrite_target_spacing=tuple(spacing) if spacing else None,
             configurations=tuple(configurations) if configurations else None,
-            methods=tuple(all_methods()),
         ),
         preprocess=not arguments.no_preprocessing,
         n_workers=arguments.num_processes,

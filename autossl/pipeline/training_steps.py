@@ -29,7 +29,6 @@ from autossl.planners.plan_and_preprocess import (
 )
 from autossl.planners.plan_experiment import PlanOptions
 from autossl.planners.plans import read_plans
-from autossl.trainers.registry import all_methods
 
 # ---------------------------------------------------------------------------------------------------------- planning
 
@@ -80,7 +79,7 @@ def _plan(request: ExperimentRequest, workspace: Workspace, dataset: str, preset
     asked = PlanRequest(
         dataset=dataset,
         workspace=workspace.root,
-        options=PlanOptions(preset=preset, configurations=request.configurations or None, methods=tuple(all_methods())),
+        options=PlanOptions(preset=preset, configurations=request.configurations or None),
         preprocess=False,
         n_workers=request.num_processes,
         wait_s=math.inf,

@@ -77,7 +77,7 @@ def make_materials(folder: Path) -> Materials:
     ids = sorted(path.name.removesuffix("_0000.nii.gz") for path in materials.raw.glob("images*/*"))
     rows = "".join(f"{case},patient{number},site{number % 2}\n" for number, case in enumerate(ids))
     (materials.raw / "cases.csv").write_text(f"case,patient,site\n{rows}")
-    options = PlanOptions(preset=PRESET, methods=("supervised",), configurations=(CONFIGURATION,))
+    options = PlanOptions(preset=PRESET, configurations=(CONFIGURATION,))
     planned = plan_and_preprocess(PlanRequest(DATASET, workspace=materials.workspace, options=options, n_workers=0))
     _write_run(materials.workspace / RUN, planned)
     export_model(ExportRequest(materials.workspace / RUN, materials.archive, materials.workspace))

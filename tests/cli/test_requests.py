@@ -18,7 +18,6 @@ from autossl.planners import plan_and_preprocess as behind_planning
 from autossl.planners.plan_and_preprocess import PlanRequest
 from autossl.planners.plan_experiment import PlanOptions
 from autossl.trainers import train as behind_training
-from autossl.trainers.registry import METHODS
 from autossl.trainers.train import TrainRequest
 
 
@@ -119,7 +118,6 @@ def test_every_planning_option_arrives(monkeypatch: pytest.MonkeyPatch, capsys: 
             gpu_memory_gb=11.0,
             overwrite_target_spacing=(3.0, 1.0, 0.5),
             configurations=("2d", "3d_fullres"),
-            methods=tuple(METHODS),
         ),
         preprocess=False,
         n_workers=2,

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from sklearn.model_selection import KFold
 
-from autossl.data.draws import budget_size, normal_budget
+from autossl.data.draws import FOLD_SEED, budget_size, draw_folds, normal_budget
 from autossl.data.hashes import DuplicatePair
 from autossl.data.problems import InvalidInput
 from autossl.data.splits import (
@@ -54,6 +55,15 @@ def test_default_folds_are_those_of_nnunet() -> None:
     assert all(len(fold.labeled) == 16 for fold in split.folds)
     assert split.everything.labeled == tuple(case.id for case in TWENTY)
     assert split.everything.validation == ()
+
+
+@pytest.mark.parametrize(("n_cases", "n_folds"), [(2, 2), (7, 3), (11, 5), (24, 5), (260, 5), (301, 10)])
+def test_folds_are_those_of_scikit_learn(n_cases: int, n_folds: int) -> None:
+    ids = [f"case_{number:03d}" for number in range(n_cases)]
+    expected = KFold(n_folds, shuffle=True, random_state=FOLD_SEED).split(ids)
+    assert draw_folds(labeled(*reversed(ids)), n_folds) == {
+        ids[index]: fold for fold, (_, chosen) in enumerate(expected) for index in chosen
+    }
 
 
 def test_patients_stay_together_and_limit_the_folds() -> None:

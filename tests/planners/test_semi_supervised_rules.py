@@ -6,12 +6,16 @@ import pytest
 
 from autossl.planners.presets import PRESETS
 from autossl.planners.semi_supervised import (
+    METHODS_FOR_FEW,
+    METHODS_FOR_MANY,
+    WITHOUT_UNLABELED,
     ema_decay_max,
     left_right_pairs,
     mirror_axes,
     recommend_method,
     total_steps,
 )
+from autossl.trainers.registry import METHODS
 
 
 @pytest.mark.parametrize(
@@ -76,17 +80,14 @@ def test_the_left_right_axis_is_not_mirrored(
 
 
 @pytest.mark.parametrize(
-    ("labeled", "unlabeled", "available", "method"),
-    [
-        (5, 0, {"supervised", "mean_teacher"}, "supervised"),
-        (5, 50, {"supervised", "mean_teacher"}, "mean_teacher"),
-        (50, 50, {"supervised", "mean_teacher"}, "mean_teacher"),
-        (5, 50, {"supervised", "mean_teacher", "fixmatch", "self_training"}, "fixmatch"),
-        (50, 50, {"supervised", "mean_teacher", "fixmatch", "self_training"}, "self_training"),
-        (5, 50, {"supervised"}, "supervised"),
-    ],
+    ("labeled", "unlabeled", "method"),
+    [(5, 0, "supervised"), (5, 50, "fixmatch"), (9, 50, "fixmatch"), (10, 50, "self_training"), (50, 0, "supervised")],
 )
-def test_the_recommended_method_exists(labeled: int, unlabeled: int, available: set[str], method: str) -> None:
-    decided, why = recommend_method(labeled, unlabeled, available)
+def test_the_recommended_method(labeled: int, unlabeled: int, method: str) -> None:
+    decided, why = recommend_method(labeled, unlabeled)
     assert decided == method
     assert str(unlabeled) in why or why == "no unlabeled case"
+
+
+def test_recommended_methods_are_registered() -> None:
+    assert {*METHODS_FOR_FEW, *METHODS_FOR_MANY, WITHOUT_UNLABELED} <= set(METHODS)
