@@ -89,7 +89,7 @@ def test_everything_that_planning_makes_is_written(planned: Workspace) -> None:
     }
     assert (result.folder / "splits" / "default.json").is_file()
     assert find_plans(result.folder) == result.plans
-    assert result.plans.semi_supervised.recommended_method == "mean_teacher"
+    assert result.plans.semi_supervised.recommended_method == "fixmatch"
     assert result.data_folders == {}
 
 
