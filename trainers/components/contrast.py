@@ -52,8 +52,7 @@ def pair_losses(rows: Rows, tau: float, bank: Rows | None = None) -> PairLosses:
     Raises:
         ValueError: τ is not positive.
     """
-    if tau <= 0:
-        raise ValueError(f"tau is {tau}: expected a positive temperature")
+    _check_temperature(tau)
     n = len(rows.labels)
     with torch.autocast(rows.e.device.type, enabled=False):
         e = rows.e.float()
@@ -94,14 +93,7 @@ def mean_over_anchors(
         given = pair_weight(pairs.values.detach()) if callable(pair_weight) else pair_weight
         w = torch.where(positive, given.detach().float()[anchors], 0)
     per_anchor = torch.where(positive, values * w, 0).sum(1) / positive.sum(1)
-    if class_weights is None:
-        return per_anchor.mean()
-    members = torch.nn.functional.one_hot(pairs.rows.labels[anchors], len(class_weights)).float()
-    sizes = members.sum(0)
-    # no matrix product: autocast would take it in half precision
-    per_class = (per_anchor[:, None] * members).sum(0) / sizes.clamp(min=1)
-    weights = torch.where(sizes > 0, class_weights.to(per_class), 0)
-    return (weights * per_class).sum() / weights.sum().clamp(min=EPS)
+    return _mean(per_anchor, pairs.rows.labels[anchors], class_weights)
 
 
 def mean_of_pairs(pairs: PairLosses, values: Tensor) -> Tensor:
@@ -111,19 +103,37 @@ def mean_of_pairs(pairs: PairLosses, values: Tensor) -> Tensor:
 
 
 def sup_con(
-    e: Tensor,
-    labels: Tensor,
-    tau: float,
-    bank: Rows | None = None,
-    pair_weight: PairWeight | None = None,
-    class_weights: Tensor | None = None,
+    e: Tensor, labels: Tensor, tau: float, bank: Rows | None = None, class_weights: Tensor | None = None
 ) -> Tensor:
-    """The contrastive loss of rows [n, D] with labels [n]: `pair_losses`, then `mean_over_anchors`.
+    """The contrastive loss of rows [n, D] with labels [n]: `mean_over_anchors` of `pair_losses`, all pairs alike.
 
     Labels are what makes two rows a pair: classes (supervised contrast), the index of the sample (SimCLR), or any
-    other kinship. Where labels may be unknown, call the two parts with `Rows`.
+    other kinship. Where labels may be unknown or pairs count unequally, call the two parts.
+
+    The mean of ℓ over an anchor's positives is log Σ_a exp(e_i·e_a / τ) - e_i·(mean of its positives) / τ, so that
+    one matrix of pairs is passed over instead of a dozen.
+
+    Raises:
+        ValueError: τ is not positive.
     """
-    return mean_over_anchors(pair_losses(Rows(e, labels), tau, bank), pair_weight, class_weights)
+    _check_temperature(tau)
+    with torch.autocast(e.device.type, enabled=False):
+        e = e.float()
+        candidates, all_labels = e, labels
+        if bank is not None:
+            candidates, all_labels = torch.cat([e, bank.e.detach().float()]), torch.cat([labels, bank.labels])
+        classes, index = torch.unique(all_labels, return_inverse=True)
+        index = index[: len(labels)]
+        sizes = (all_labels == classes[:, None]).float()
+        n_positives = sizes.sum(1)[index] - 1  # but itself
+        anchors = n_positives > 0
+        if not bool(anchors.any()):
+            return connected_zero(e)
+        similarity = (e / tau) @ candidates.T
+        similarity.fill_diagonal_(torch.finfo(torch.float32).min)
+        positives = ((sizes @ candidates)[index] - e)[anchors] / n_positives[anchors, None]
+        per_anchor = torch.logsumexp(similarity, 1)[anchors] - (e[anchors] * positives).sum(1) / tau
+    return _mean(per_anchor, labels[anchors], class_weights)
 
 
 def self_paced_weights(values: Tensor, gamma: float, mode: Literal["linear", "hard"] = "linear") -> Tensor:
@@ -145,6 +155,23 @@ def has_negatives(rows: Rows, bank: Rows | None = None) -> bool:
     """Whether the labels differ at all. Where they do not, the loss only spreads similarity evenly: leave it out."""
     labels = rows.labels if bank is None else torch.cat([rows.labels, bank.labels])
     return bool((labels != labels[:1]).any())
+
+
+def _mean(per_anchor: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Of values [n] of anchors with labels [n]; with weights [C], of the means of the classes that have anchors."""
+    if class_weights is None:
+        return per_anchor.mean()
+    members = torch.nn.functional.one_hot(labels, len(class_weights)).float()
+    sizes = members.sum(0)
+    # no matrix product: autocast would take it in half precision
+    per_class = (per_anchor[:, None] * members).sum(0) / sizes.clamp(min=1)
+    weights = torch.where(sizes > 0, class_weights.to(per_class), 0)
+    return (weights * per_class).sum() / weights.sum().clamp(min=EPS)
+
+
+def _check_temperature(tau: float) -> None:
+    if tau <= 0:
+        raise ValueError(f"tau is {tau}: expected a positive temperature")
 
 
 def _known(rows: Rows) -> Tensor:
