@@ -24,12 +24,26 @@ GAINS = {
     "hippocampus_3d_fullres": "3D",
     "fetal_head_2d": "fetal head",
     "lgg_2d": "LGG",
-    "ablations_hippocampus_2d": "",
+    "ablations_hippocampus_2d": "seed 0",
 }
 """Tables of autossl_benchmark, each against its own twin, and a mark for gains that are not of hippocampus in 2D.
 By benchmarks/tables.sh: nano, fold 0, 8 labels, 1000 steps; seeds 0 to 2 in the first two, seed 0 in the others."""
 FORCED = "ersr"
 """Its needs are not met by hippocampus, whose figure is shown all the same."""
+TERMS = RESULTS / "special_terms_hippocampus_2d.json"
+"""Of benchmarks/special_terms.py, from the runs of the tables."""
+LITTLE = 0.01
+WHY_LITTLE = {
+    ("c3s3", "contrast"): "a tenth of the released weight, with which networks from scratch learn nothing; it compares "
+    "15 % of the voxels, from a quarter of the run on",
+    ("criinet", "consistency"): "the refined output differs from the coarse one in 0.3 % of the voxels, so there is "
+    "little to agree on",
+    ("medl", "fisher"): "the information of a Dirichlet distribution enters with 0.001, since above 0.1 it would "
+    "outweigh the labels, and the whole term ramps up to a tenth",
+    ("transmedseg", "tsa"): "a tenth of a cross-entropy of labeled voxels that the network has learned already, and "
+    "its strength grows from 0",
+}
+"""Why a term has under 1 % of the gradient, by method and term."""
 DEVELOPMENT = RESULTS / "development_hippocampus_2d.json"
 """Single runs, most of them on fold 1, that settings were chosen by."""
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
@@ -222,7 +236,8 @@ Time and memory of a training step are relative to `supervised` on the same labe
 hippocampus, one CPU thread). Gain: Dice points above the supervised twin with a 95 % interval over cases and seeds, on
 hippocampus in 2D (nano, fold 0, 8 labeled of 208 cases, 1000 steps, seeds 0 to 2; [benchmark.md](benchmark.md) says how
 to read it). Where another dataset is named, seed 0 alone, so its interval is over cases only; the same holds for gains
-without what makes a method itself. They are small sets: measure on yours with `autossl_benchmark`."""
+without what makes a method itself: where it is as large as with it, that part did not help there. "Of the gradient": a
+term's gradient beside that of the supervised terms on the weights that both reach, mean over a run. They are small sets: measure on yours with `autossl_benchmark`."""
 
 
 def overview(methods: list[MethodDescription], gains: Gains) -> str:
@@ -251,7 +266,29 @@ def section(method: MethodDescription, gains: Gains) -> str:
     if method.ablation:
         settings = ", ".join(f"`{key}={value}`" for key, value in method.ablation.items())
         lines += ["", f"*Without what makes it itself* ({settings}): gain {without(method.name, gains)}."]
+    if acting := terms(method.name):
+        lines += ["", acting]
     return "\n".join(lines)
+
+
+def terms(name: str) -> str:
+    """What share of the gradient each unsupervised term had; nothing where no run was kept."""
+    runs = json.loads(TERMS.read_text()) if TERMS.is_file() else {}
+    found = {
+        term: share
+        for phase in runs.get(name, {"phases": {}})["phases"].values()
+        for term, share in phase["gradient"].items()
+        if term != "total"
+    }
+    if not found:
+        return ""
+    said = []
+    for term, share in found.items():
+        why = ""
+        if share["mean"] < LITTLE:
+            why = f" ({WHY_LITTLE[name, term]})"
+        said.append(f"{term} {100 * share['mean']:.1f} %, at most {100 * share['most']:.1f} %{why}")
+    return f"*Of the gradient* on hippocampus in 2D: {'; '.join(said)}."
 
 
 def with_table(readme: str) -> str:
