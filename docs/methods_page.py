@@ -237,7 +237,8 @@ hippocampus, one CPU thread). Gain: Dice points above the supervised twin with a
 hippocampus in 2D (nano, fold 0, 8 labeled of 208 cases, 1000 steps, seeds 0 to 2; [benchmark.md](benchmark.md) says how
 to read it). Where another dataset is named, seed 0 alone, so its interval is over cases only; the same holds for gains
 without what makes a method itself: where it is as large as with it, that part did not help there. "Of the gradient": a
-term's gradient beside that of the supervised terms on the weights that both reach, mean over a run. They are small sets: measure on yours with `autossl_benchmark`."""
+term's gradient beside that of the supervised terms on the weights that both reach, mean over a run. They are small
+sets: measure on yours with `autossl_benchmark`."""
 
 
 def overview(methods: list[MethodDescription], gains: Gains) -> str:
