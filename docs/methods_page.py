@@ -30,8 +30,13 @@ GAINS = {
 By benchmarks/tables.sh: nano, fold 0, 8 labels, 1000 steps; seeds 0 to 2 in the first two, seed 0 in the others."""
 FORCED = "ersr"
 """Its needs are not met by hippocampus, whose figure is shown all the same."""
-TERMS = RESULTS / "special_terms_hippocampus_2d.json"
-"""Of benchmarks/special_terms.py, from the runs of the tables."""
+TERMS = {
+    "hippocampus_2d": "hippocampus in 2D",
+    "hippocampus_3d_fullres": "hippocampus in 3D",
+    "fetal_head_2d": "fetal heads",
+    "lgg_2d": "LGG",
+}
+"""Results of benchmarks/special_terms.py, from the runs of the tables, and how they are called."""
 LITTLE = 0.01
 WHY_LITTLE = {
     ("c3s3", "contrast"): "a tenth of the released weight, with which networks from scratch learn nothing; it compares "
@@ -267,29 +272,24 @@ def section(method: MethodDescription, gains: Gains) -> str:
     if method.ablation:
         settings = ", ".join(f"`{key}={value}`" for key, value in method.ablation.items())
         lines += ["", f"*Without what makes it itself* ({settings}): gain {without(method.name, gains)}."]
-    if acting := terms(method.name):
-        lines += ["", acting]
-    return "\n".join(lines)
+    return "\n".join(lines + terms(method.name))
 
 
-def terms(name: str) -> str:
-    """What share of the gradient each unsupervised term had; nothing where no run was kept."""
-    runs = json.loads(TERMS.read_text()) if TERMS.is_file() else {}
-    found = {
-        term: share
-        for phase in runs.get(name, {"phases": {}})["phases"].values()
-        for term, share in phase["gradient"].items()
-        if term != "total"
-    }
-    if not found:
-        return ""
-    said = []
-    for term, share in found.items():
-        why = ""
-        if share["mean"] < LITTLE:
-            why = f" ({WHY_LITTLE[name, term]})"
-        said.append(f"{term} {100 * share['mean']:.1f} %, at most {100 * share['most']:.1f} %{why}")
-    return f"*Of the gradient* on hippocampus in 2D: {'; '.join(said)}."
+def terms(name: str) -> list[str]:
+    """For each dataset what share of the gradient each unsupervised term had; nothing where no run was kept."""
+    lines = []
+    for results, where in TERMS.items():
+        path = RESULTS / f"special_terms_{results}.json"
+        runs = json.loads(path.read_text()) if path.is_file() else {}
+        said = [
+            f"{term} {100 * share['mean']:.1f} %, at most {100 * share['most']:.1f} %"
+            + (f" ({WHY_LITTLE[name, term]})" if share["mean"] < LITTLE else "")
+            for phase in runs.get(name, {"phases": {}})["phases"].values()
+            for term, share in phase["gradient"].items()
+            if term != "total"
+        ]
+        lines += ["", f"*Of the gradient* on {where}: {'; '.join(said)}."] if said else []
+    return lines
 
 
 def with_table(readme: str) -> str:
