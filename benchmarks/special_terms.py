@@ -1,11 +1,12 @@
 """What the terms of finished runs did: their share of the gradient, and of the samples, voxels or pairs.
 
-Reads the logs of runs; trains nothing. Shares of the gradient are |g| / (|g| + |g_s|) on the weights that the
-supervised terms reach, measured now and then in training (`autossl.trainers.gradient_share`). Means over a phase, all
-folds and runs alike. A share under 1 % is marked: it is to be explained, or the term is there in name only.
+Reads the logs of the runs of a table of autossl_benchmark; trains nothing. Shares of the gradient are
+|g| / (|g| + |g_s|) on the weights that the supervised terms reach, measured now and then in training
+(`autossl.trainers.gradient_share`). Means over a phase, all folds and runs alike. A share under 1 % is marked: it is to
+be explained, or the term is there in name only.
 
-    python benchmarks/special_terms.py W/results/Dataset004_Hippocampus/benchmark-8_draw-0/2d__nano__* \\
-        -o benchmarks/results/special_terms_hippocampus_2d.json
+    python benchmarks/special_terms.py benchmarks/results/table_lgg_2d.json --workspace W \\
+        -o benchmarks/results/special_terms_lgg_2d.json
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 
 LITTLE = 0.01
 """Under it a share is marked."""
-SEED = "__seed-"
 
 Figures = dict[str, list[float]]
 
@@ -70,17 +70,18 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description="What the terms of finished runs did.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER", help="in the results of a workspace")
+    parser.add_argument("table", type=Path, help="table.json; its rows name the methods and their runs")
+    parser.add_argument("--workspace", type=Path, required=True, help="where the runs lie")
     parser.add_argument("-o", type=Path, help="JSON")
     asked = parser.parse_args()
     raw: dict[str, dict[str, dict[str, Figures]]] = {}
     read_from: dict[str, list[str]] = defaultdict(list)
-    for folder in asked.runs:
-        method = folder.name.split(SEED)[0].split("__", 2)[-1] + folder.name.split(SEED)[-1].lstrip("0123456789")
-        into = raw.setdefault(method, defaultdict(lambda: {"gradient": {}, "touched": {}}))
-        if not read(folder, into):
-            parser.error(f"{folder}: no fold_*/log.jsonl there. Give folders of runs")
-        read_from[method].append(folder.name)
+    for row in json.loads(asked.table.read_text(encoding="utf-8"))["rows"]:
+        into = raw.setdefault(row["method"], defaultdict(lambda: {"gradient": {}, "touched": {}}))
+        for run in row["runs"]:
+            if not read(asked.workspace / run["run"], into):
+                parser.error(f"{asked.workspace / run['run']}: no fold_*/log.jsonl there. Give the table's workspace")
+            read_from[row["method"]].append(run["run"])
     found = {
         method: {phase: {kind: averaged(figures) for kind, figures in kinds.items()} for phase, kinds in phases.items()}
         for method, phases in raw.items()

@@ -45,8 +45,13 @@ WHY_LITTLE = {
     "little to agree on",
     ("medl", "fisher"): "the information of a Dirichlet distribution enters with 0.001, since above 0.1 it would "
     "outweigh the labels, and the whole term ramps up to a tenth",
-    ("transmedseg", "tsa"): "a tenth of a cross-entropy of labeled voxels that the network has learned already, and "
-    "its strength grows from 0",
+    ("transmedseg", "tsa"): "what the augmentation adds to the cross-entropy of the same voxels, which is `clean`: its "
+    "strength grows from 0 to a quarter",
+    (
+        "semi_cml",
+        "consistency",
+    ): "a mean squared difference of probabilities, with at most 0.1 as weight after its ramp",
+    ("semi_cml", "relearning_contrast"): "its weight is 0.01, beside 0.9 of the soft pseudo-labels",
 }
 """Why a term has under 1 % of the gradient, by method and term."""
 DEVELOPMENT = RESULTS / "development_hippocampus_2d.json"
