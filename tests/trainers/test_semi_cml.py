@@ -323,6 +323,31 @@ def test_a_teacher_that_was_never_made_begins_as_the_network_is() -> None:
     assert all(torch.equal(first[name], value) for name, value in network.named_parameters())
 
 
+@pytest.mark.parametrize(
+    "wrong, setting, replaced", [("teacher", "replace", 1), ("network", "replace", 0), ("teacher", "keep", 0)]
+)
+def test_a_teacher_that_is_worse_than_its_network_is_replaced(wrong: str, setting: Any, replaced: int) -> None:
+    method = trainer(better="2", worse_teacher=setting)
+    batch = toy_batch(method.job)
+    batch.labeled.targets = (torch.ones_like(batch.labeled.target),)
+    says(method, 2, wrong == "teacher")
+    method.teachers[2].copy_from(method.parts.trained["network_2"])
+    if wrong == "network":  # until the last stretch, which alone counts, the teacher is as wrong
+        walk(method, range(50), batch)
+        assert method.parts.memory["teacher_scores"].sum() == 0
+    method.parts.memory["pool_2"] = [2.0] * 6  # made, and never to move
+    says(method, 2, wrong == "network")
+    method.teachers[2].copy_from(method.parts.trained["network_2"])
+    says(method, 2, wrong == "teacher")
+    walk(method, range(51, 63), batch)
+    expected = [0, 12] if wrong == "teacher" else [12, 12]
+    assert method.parts.memory["teacher_scores"][1].tolist() == expected
+    enter(method)
+    assert step(method, batch, 0.8).measures["teacher_replaced"] == replaced
+    mine, teachers = (module.state_dict() for module in (method._network(2), method.teachers[2].network))
+    assert all(torch.equal(mine[name], value) for name, value in teachers.items()) == bool(replaced)
+
+
 def test_the_teacher_stays_as_it_is_while_it_teaches() -> None:
     method = trainer()
     enter(method)

@@ -45,7 +45,7 @@ OTHER = {1: 2, 2: 1}
 POINTS, FIRST_POINT = 50, 0.12
 """The teacher may move at so many evenly spaced points of the first phase, after this fraction of the run (code)."""
 LAST_STRETCH = 0.8
-"""The better modality is the one with the higher score after this part of the first phase (ours)."""
+"""After this part of the first phase scores decide on the better modality and on its teacher (ours)."""
 DICE_WEIGHT = 0.7
 """Of the re-learning loss, beside its cross-entropy (code: 7 and 10)."""
 RESTS = 0.8
@@ -79,6 +79,12 @@ class SemiCMLSettings(MethodSettings):
     noise: float = setting(0.1, "sigma of the teacher's input noise, clipped at twice that", f"{CODE}: positive", ge=0)
     draws: int = setting(4, "predictions of the teacher that are averaged", CODE, ge=1)
     labeled_only: bool = setting(False, "without unlabeled cases: both networks, from labels alone", "ours")
+    worse_teacher: Literal["replace", "keep"] = setting(
+        "replace",
+        "a teacher that scores lower on labeled patches than its network, when re-learning begins: replaced by that "
+        "network, or kept",
+        f"ours; {CODE}: keep",
+    )
     infer: Literal["better", "mean"] = setting("better", "which network predicts where both modalities are there", CODE)
 
     @field_validator("groups", mode="before")
@@ -121,8 +127,9 @@ class SemiCML(SemiSupervisedTrainer):
     by 10), but for the supervised loss, which is the product's, and as many unlabeled patches as labeled ones.
     Reconstructed: several classes, rare areas, which patches show foreground (all do in the code's data), a patch that
     alone does (cut into tiles), labels in the second phase, symmetric noise, labeled training patches instead of
-    validation cases for the gate and for the choice of the better modality. A case that lacks one modality trains the
-    network of the other with its label."""
+    validation cases for the gate and for the choice of the better modality. Ours: a teacher that is worse than its
+    network when it should begin to teach is replaced by it; in short runs the average stays near the early network that
+    filled its pool. A case that lacks one modality trains the network of the other with its label."""
 
     name = "semi_cml"
     title = "Semi-CML: contrastive mutual learning of two modalities, and pseudo-label re-learning"
@@ -172,6 +179,8 @@ class SemiCML(SemiSupervisedTrainer):
                 # per side: sum and number of the scores since the last point, and of the last stretch
                 "scores": torch.zeros(2, 2),
                 "last_scores": torch.zeros(2, 2),
+                "teacher_scores": torch.zeros(2, 2),
+                "teacher_replaced": 0,
                 **{f"pool_{side}": [] for side in SIDES},
                 "teacher_moves": torch.zeros(2),
             },
@@ -186,11 +195,12 @@ class SemiCML(SemiSupervisedTrainer):
         return [Phase(MUTUAL, share=r_prel), Phase(RELEARNING, share=1 - r_prel)]
 
     def on_phase(self, phase: Phase, at: Progress) -> None:
-        """The better modality is chosen; a teacher that was never made begins as the network is now."""
+        """The better modality is chosen; a teacher that was never made, or is worse, begins as the network is now."""
         memory = self.parts.memory
         if phase.name == RELEARNING:
             memory["better"] = better = self._better()
-            if not self.teachers[better].is_ready(memory[f"pool_{better}"]):
+            memory["teacher_replaced"] = int(self._teacher_is_worse(better))
+            if memory["teacher_replaced"] or not self.teachers[better].is_ready(memory[f"pool_{better}"]):
                 self.teachers[better].copy_from(self._network(better))
 
     def losses(self, batch: Batch, at: Progress) -> StepOutput:
@@ -199,6 +209,7 @@ class SemiCML(SemiSupervisedTrainer):
             z = self.parts.trained["network"](labeled.image)
             return StepOutput({"supervised": self.job.supervised_loss(z, labeled.target, labeled.valid)})
         self._step_scores = torch.zeros(2, 2, device=labeled.image.device)
+        self._teacher_scores = torch.zeros_like(self._step_scores)
         pairs = None
         if batch.unlabeled is not None:
             pairs = _with_channels(batch.unlabeled, self.channels[1] + self.channels[2])
@@ -215,8 +226,9 @@ class SemiCML(SemiSupervisedTrainer):
         memory = self.parts.memory
         memory["scores"] += self._step_scores
         steps, done = at.phase_end - at.phase_start, at.step + 1 - at.phase_start
-        if done > LAST_STRETCH * steps:
+        if _is_last_stretch(at):
             memory["last_scores"] += self._step_scores
+            memory["teacher_scores"] += self._teacher_scores
         is_point = POINTS * done // steps > POINTS * (done - 1) // steps
         if not is_point:
             return
@@ -250,6 +262,8 @@ class SemiCML(SemiSupervisedTrainer):
         losses, z = {}, {}
         for side in SIDES:
             losses[f"supervised_{side}"], z[side] = self._labeled_and_pairs(side, labeled, judged)
+        if _is_last_stretch(at):
+            self._score_teachers(labeled)
         if judged is None:
             return StepOutput(losses, self._scores())
         p = {side: self.job.probabilities(logits) for side, logits in z.items()}
@@ -298,7 +312,14 @@ class SemiCML(SemiSupervisedTrainer):
             losses = {"relearning": connected_zero(next(self._network(OTHER[better]).parameters()))}
         return StepOutput(
             losses,
-            {**self._scores(), **measures, "relearning_weight": own, "better": better, "learning": len(learning)},
+            {
+                **self._scores(),
+                **measures,
+                "relearning_weight": own,
+                "better": better,
+                "learning": len(learning),
+                "teacher_replaced": self.parts.memory["teacher_replaced"],
+            },
         )
 
     # ------------------------------------------------------------------------------------------------ parts of a step
@@ -338,12 +359,37 @@ class SemiCML(SemiSupervisedTrainer):
         self._step_scores[side - 1] = foreground_score(z[0][:n], known.target, known.valid, self.job.schema.has_regions)
         return self.job.supervised_loss([level[:n] for level in z], known.target, known.valid), z[0][n:]
 
+    @torch.no_grad()
+    def _score_teachers(self, labeled: StreamBatch) -> None:
+        """The teachers on the labeled patches, as their networks are scored; those that were made."""
+        for side, teacher in self.teachers.items():
+            channels = list(self.channels[side])
+            known = _with_channels(labeled, channels)
+            if known.target is None or not len(known.image) or not teacher.is_ready(self.parts.memory[f"pool_{side}"]):
+                continue
+            z = teacher.logits(known.image[:, channels])
+            score = foreground_score(z, known.target, known.valid, self.job.schema.has_regions)
+            self._teacher_scores[side - 1] = score
+
+    def _teacher_is_worse(self, side: int) -> bool:
+        """By the mean scores of the last stretch of the first phase, where both have some."""
+        memory = self.parts.memory
+        mine, teachers = memory["last_scores"][side - 1], memory["teacher_scores"][side - 1]
+        if self.settings.worse_teacher == "keep" or not (mine[1] and teachers[1]):
+            return False
+        return bool(teachers[0] / teachers[1] < mine[0] / mine[1])
+
     def _scores(self) -> dict[str, Tensor | float]:
         """Of this step, and how often the averages have moved so far."""
         moves = self.parts.memory["teacher_moves"]
         return {
             **{f"labeled_dice_{side}": self._step_scores[side - 1, 0] for side in SIDES},
             **{f"teacher_moves_{side}": float(moves[side - 1]) for side in self.teachers},
+            **{
+                f"teacher_dice_{side}": self._teacher_scores[side - 1, 0]
+                for side in self.teachers
+                if bool(self._teacher_scores[side - 1, 1])
+            },
         }
 
     def _area_contrast(self, q_1: Tensor, q_2: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -380,6 +426,11 @@ class SemiCML(SemiSupervisedTrainer):
         return PredictionSpec(
             members=first.members + second.members, activation=first.activation, combine="mean_probabilities"
         )
+
+
+def _is_last_stretch(at: Progress) -> bool:
+    """Whether scores decide."""
+    return at.step + 1 - at.phase_start > LAST_STRETCH * (at.phase_end - at.phase_start)
 
 
 def _channels_of(job: Job, settings: SemiCMLSettings) -> tuple[Channels, ...]:
