@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes the committed tables of methods from the raw data: sh benchmarks/tables.sh WORKSPACE DATA [PART …]
-# DATA holds the raw datasets. Parts: classics, founders, ablations, spatial, fetal, lgg (default: all of them).
+# Makes the committed tables of methods, and of what their terms did, from the raw data:
+# sh benchmarks/tables.sh WORKSPACE DATA [PART …]
+# DATA holds the raw datasets. Parts: classics, founders, ablations, longer, spatial, fetal, lgg (default: all).
 # Whatever is finished is not done again. JOBS trainings (default 2) run side by side, each on one thread.
 set -eu
 workspace=$1 data=$2
@@ -22,11 +23,13 @@ table() { # name of the files in results, and what autossl_benchmark is asked fo
     folder=$workspace/tables/$name
     autossl_benchmark "$@" --preset nano $jobs -o "$folder" --history "$results/history_$name.jsonl"
     for kind in txt csv json png; do cp "$folder/table.$kind" "$results/table_$name.$kind"; done
+    python "$(dirname "$results")/special_terms.py" "$results/table_$name.json" --workspace "$workspace" \
+        -o "$results/special_terms_$name.json"
 }
 
 all_2d="fsmifnet mcl_cs spcl m3hl c3s3 transmedseg medl cad criinet"
 without=$(for method in $all_2d; do printf '%s:ablation ' "$method"; done)
-for part in ${*:-classics founders ablations spatial fetal lgg}; do
+for part in ${*:-classics founders ablations longer spatial fetal lgg}; do
     case $part in
     classics)
         plan 4
@@ -42,6 +45,16 @@ for part in ${*:-classics founders ablations spatial fetal lgg}; do
     ablations)
         plan 4
         table ablations_hippocampus_2d 4 2d -m $all_2d $without --labeled 8 --seeds 0 --steps 1000 --no_cost
+        ;;
+    longer) # those that 1000 steps leave far from done, in a workspace of its own: runs of another length
+        (
+            workspace=$workspace/longer
+            jobs="${jobs% --workspace *} --workspace $workspace"
+            mkdir -p "$workspace/raw"
+            ln -sfn "$data"/Dataset004_* "$workspace/raw/"
+            plan 4
+            table longer_hippocampus_2d 4 2d -m bcp m3hl transmedseg --labeled 8 --seeds 0 --steps 3000 --no_cost
+        )
         ;;
     spatial)
         plan 4
