@@ -64,11 +64,12 @@ for part in ${*:-classics founders ablations longer spatial fetal lgg}; do
         plan 12 --overwrite_target_spacing 999 5 5
         table fetal_head_2d 12 2d -m ersr ersr:ablation --labeled 10 20 --seeds 0 --steps 1000
         ;;
-    lgg)
+    lgg) # semi_cml beside the network of its better modality alone
         plan 11
-        table lgg_2d 11 2d -m supervised:flair semi_cml semi_cml:ablation spcl \
-            --set supervised:flair.channels=FLAIR semi_cml.groups=FLAIR,T1post semi_cml:ablation.groups=FLAIR,T1post \
+        table lgg_2d 11 2d -m supervised:flair spcl --set supervised:flair.channels=FLAIR \
             --labeled 8 --seeds 0 --steps 1000
+        table lgg_flair_2d 11 2d -m semi_cml semi_cml:ablation --set supervised.channels=FLAIR \
+            semi_cml.groups=FLAIR,T1post semi_cml:ablation.groups=FLAIR,T1post --labeled 8 --seeds 0 --steps 1000
         ;;
     *)
         echo "no part $part" >&2

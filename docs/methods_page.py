@@ -24,6 +24,7 @@ GAINS = {
     "hippocampus_3d_fullres": "3D",
     "fetal_head_2d": "fetal head",
     "lgg_2d": "LGG",
+    "lgg_flair_2d": "LGG, to FLAIR alone",
     "ablations_hippocampus_2d": "seed 0",
 }
 """Tables of autossl_benchmark, each against its own twin, and a mark for gains that are not of hippocampus in 2D.
@@ -35,6 +36,7 @@ TERMS = {
     "hippocampus_3d_fullres": "hippocampus in 3D",
     "fetal_head_2d": "fetal heads",
     "lgg_2d": "LGG",
+    "lgg_flair_2d": "LGG",
 }
 """Results of benchmarks/special_terms.py, from the runs of the tables, and how they are called."""
 LITTLE = 0.01
@@ -250,7 +252,8 @@ hippocampus in 2D (nano, fold 0, 8 labeled of 208 cases, 1000 steps, seeds 0 to 
 to read it). Where another dataset is named, seed 0 alone, so its interval is over cases only; the same holds for gains
 without what makes a method itself: where it is as large as with it, that part did not help there. "Of the gradient": a
 term's gradient beside that of the supervised terms on the weights that both reach, mean over a run. They are small
-sets: measure on yours with `autossl_benchmark`."""
+sets and small networks; networks of full size, which need a GPU, were not run: measure on yours with
+`autossl_benchmark`."""
 
 
 def overview(methods: list[MethodDescription], gains: Gains) -> str:
