@@ -324,10 +324,10 @@ def test_a_teacher_that_was_never_made_begins_as_the_network_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong, setting, replaced", [("teacher", "follows", 1), ("network", "follows", 0), ("teacher", "frozen", 0)]
+    "wrong, setting, replaced", [("teacher", "replace", 1), ("network", "replace", 0), ("teacher", "keep", 0)]
 )
 def test_a_teacher_that_is_worse_than_its_network_is_replaced(wrong: str, setting: Any, replaced: int) -> None:
-    method = trainer(better="2", teacher=setting)
+    method = trainer(better="2", worse_teacher=setting)
     batch = toy_batch(method.job)
     batch.labeled.targets = (torch.ones_like(batch.labeled.target),)
     says(method, 2, wrong == "teacher")
@@ -348,33 +348,16 @@ def test_a_teacher_that_is_worse_than_its_network_is_replaced(wrong: str, settin
     assert all(torch.equal(mine[name], value) for name, value in teachers.items()) == bool(replaced)
 
 
-@pytest.mark.parametrize("setting, first_step", [("frozen", 63), ("follows", 93)])
-def test_the_teacher_stays_as_it_is_while_it_teaches_its_own_network(setting: Any, first_step: int) -> None:
-    method = trainer(teacher=setting)
+def test_the_teacher_stays_as_it_is_while_it_teaches() -> None:
+    method = trainer()
     enter(method)
     before = {k: v.clone() for k, v in method.parts.followers["teacher_2"].state_dict().items()}
     memory = {key: value.clone() if isinstance(value, Tensor) else value for key, value in method.parts.memory.items()}
-    walk(method, range(first_step, 100))
+    walk(method, range(90, 100))
     assert all(torch.equal(before[k], v) for k, v in method.parts.followers["teacher_2"].state_dict().items())
     for key, value in memory.items():
         now = method.parts.memory[key]
         assert torch.equal(value, now) if isinstance(value, Tensor) else value == now
-
-
-def test_the_teacher_moves_on_while_its_network_rests() -> None:
-    method = trainer()
-    enter(method)
-    batch = toy_batch(method.job)
-    batch.labeled.targets = (torch.ones_like(batch.labeled.target),)
-    for side in (1, 2):
-        says(method, side, foreground=True)
-        method.parts.memory[f"pool_{side}"] = [0.5] * 6
-    walk(method, range(63, 73), batch)
-    assert method.parts.memory["teacher_moves"].tolist() == [0, 6], "the better side alone, until its pool is of ones"
-    assert method.parts.memory["pool_2"] == [1.0] * 6
-    teacher: Any = method.teachers[2].network
-    bias = teacher.decoder.seg_layers[-1].bias
-    assert bias[1].item() == pytest.approx(30 * (1 - 0.5**6), rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------------- first phase
@@ -458,6 +441,22 @@ def test_phases_switch_at_the_border() -> None:
     assert set(early.losses) == {"supervised_1", "supervised_2", "relearning_1", "relearning_contrast"}
     assert set(late.losses) == set(early.losses) | {"relearning_2"}
     assert (early.measures["learning"], late.measures["learning"]) == (1, 2)
+
+
+@pytest.mark.parametrize("settings, second", [({}, 0.1), ({"relearning_rate": 0.5}, 0.5)])
+def test_the_learning_rate_falls_to_0_in_both_phases(settings: Any, second: float) -> None:
+    method = trainer(total=1000, **settings)
+    first, last = method.phases()
+    assert first.groups is not None
+    assert first.groups == last.groups, "so that the optimizers go on"
+    assert [group.prefix for group in first.groups] == ["network_1", "network_2"]
+    factor = first.groups[0].factor
+    border = Timetable(method.phases(), 1000).spans[0].end
+    assert factor(progress(method, 0)) == 1
+    assert factor(progress(method, 0.315)) == pytest.approx(0.5**0.9, abs=1e-2)
+    assert factor(Timetable(method.phases(), 1000).progress(border - 1)) < 0.004
+    assert factor(Timetable(method.phases(), 1000).progress(border)) == second
+    assert factor(progress(method, 0.999)) < 0.01 * second
 
 
 def teacher_says(method: SemiCML, batch: Batch) -> Tensor:

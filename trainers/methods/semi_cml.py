@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,12 +18,14 @@ from autossl.trainers.base import (
     Job,
     MethodSettings,
     Needs,
+    ParameterGroup,
     Parts,
     Phase,
     Progress,
     SemiSupervisedTrainer,
     StepOutput,
     StreamBatch,
+    poly_over_phase,
     setting,
 )
 from autossl.trainers.components.area_similarity import (
@@ -79,11 +81,17 @@ class SemiCMLSettings(MethodSettings):
     noise: float = setting(0.1, "sigma of the teacher's input noise, clipped at twice that", f"{CODE}: positive", ge=0)
     draws: int = setting(4, "predictions of the teacher that are averaged", CODE, ge=1)
     labeled_only: bool = setting(False, "without unlabeled cases: both networks, from labels alone", "ours")
-    teacher: Literal["follows", "frozen"] = setting(
-        "follows",
-        "follows: begins re-learning as its network where that fits the labels better, and moves on while it rests; "
-        "frozen: stays as the first phase left it",
-        f"ours; {CODE}: frozen, at a thousandth of the learning rate",
+    worse_teacher: Literal["replace", "keep"] = setting(
+        "replace",
+        "a teacher that scores lower on labeled patches than its network, when re-learning begins: replaced by that "
+        "network, or kept",
+        f"ours; {CODE}: keep",
+    )
+    relearning_rate: float = setting(
+        0.1,
+        "learning rate with which re-learning begins, as a share of the first; it falls to 0 in both phases",
+        f"ours; {CODE}: falls in steps, to a thousandth where re-learning begins",
+        ge=0,
     )
     infer: Literal["better", "mean"] = setting("better", "which network predicts where both modalities are there", CODE)
 
@@ -127,9 +135,10 @@ class SemiCML(SemiSupervisedTrainer):
     by 10), but for the supervised loss, which is the product's, and as many unlabeled patches as labeled ones.
     Reconstructed: several classes, rare areas, which patches show foreground (all do in the code's data), a patch that
     alone does (cut into tiles), labels in the second phase, symmetric noise, labeled training patches instead of
-    validation cases for the gate and for the choice of the better modality. Ours: the teacher moves on while its
-    network rests, which the product's learning rate leaves far from done when re-learning begins. A case that lacks one
-    modality trains the network of the other with its label."""
+    validation cases for the gate and for the choice of the better modality. Ours: a learning rate that has fallen to 0
+    before re-learning as well, since a network that is far from done teaches its faults; for the same reason a teacher
+    that is worse than its network is replaced by it. A case that lacks one modality trains the network of the other with
+    its label."""
 
     name = "semi_cml"
     title = "Semi-CML: contrastive mutual learning of two modalities, and pseudo-label re-learning"
@@ -191,8 +200,9 @@ class SemiCML(SemiSupervisedTrainer):
             return super().phases()
         if not self._relearns:
             return [Phase(MUTUAL)]
-        r_prel = self.settings.r_prel  # equal groups: optimizer state and learning rate go on over the border
-        return [Phase(MUTUAL, share=r_prel), Phase(RELEARNING, share=1 - r_prel)]
+        r_prel, rate = self.settings.r_prel, annealed_twice(self.settings.relearning_rate)
+        groups = tuple(ParameterGroup(f"network_{side}", factor=rate) for side in SIDES)
+        return [Phase(MUTUAL, r_prel, groups), Phase(RELEARNING, 1 - r_prel, groups)]
 
     def on_phase(self, phase: Phase, at: Progress) -> None:
         """The better modality is chosen; a teacher that was never made, or is worse, begins as the network is now."""
@@ -220,25 +230,24 @@ class SemiCML(SemiSupervisedTrainer):
         return output
 
     def after_step(self, at: Progress) -> None:
-        """Scores are kept, and at the points the averages may move that do not teach their own network yet."""
-        memory = self.parts.memory
-        if self._is_supervised or self._is_done(at):
+        """Scores are kept, and at the points the average may move."""
+        if self._is_supervised or at.phase == RELEARNING:
             return
+        memory = self.parts.memory
         memory["scores"] += self._step_scores
+        steps, done = at.phase_end - at.phase_start, at.step + 1 - at.phase_start
         if _is_last_stretch(at):
             memory["last_scores"] += self._step_scores
             memory["teacher_scores"] += self._teacher_scores
-        is_first, done = at.phase == MUTUAL, at.step + 1
-        steps = at.phase_end if is_first else at.phase_start  # of the first phase
         is_point = POINTS * done // steps > POINTS * (done - 1) // steps
         if not is_point:
             return
         means = (memory["scores"][:, 0] / memory["scores"][:, 1]).tolist()  # nan where nothing was scored
         memory["scores"].zero_()
-        if done / at.total <= FIRST_POINT:
+        if (at.step + 1) / at.total <= FIRST_POINT:
             return
-        for side in self.teachers if is_first else (memory["better"],):
-            teacher, pool = self.teachers[side], f"pool_{side}"
+        for side, teacher in self.teachers.items():
+            pool = f"pool_{side}"
             before, memory[pool] = memory[pool], teacher.offer(self._network(side), means[side - 1], memory[pool])
             memory["teacher_moves"][side - 1] += teacher.is_ready(memory[pool]) and memory[pool] != before
 
@@ -282,7 +291,7 @@ class SemiCML(SemiSupervisedTrainer):
     def _relearning(self, labeled: StreamBatch, pairs: Patches | None, at: Progress) -> StepOutput:
         """The weaker network, and at the end both, learn the teacher's soft labels of the better modality."""
         settings, better = self.settings, self.parts.memory["better"]
-        learning = SIDES if _is_end(at) else (OTHER[better],)
+        learning = SIDES if at.phase_fraction >= RESTS else (OTHER[better],)
         judged = pairs if settings.lambda_prel > 0 else None
         q = None if judged is None else self._soft_labels(judged.image, better, at)
         losses: dict[str, Tensor] = {}
@@ -372,15 +381,11 @@ class SemiCML(SemiSupervisedTrainer):
             score = foreground_score(z, known.target, known.valid, self.job.schema.has_regions)
             self._teacher_scores[side - 1] = score
 
-    def _is_done(self, at: Progress) -> bool:
-        """Whether no average moves any more."""
-        return at.phase == RELEARNING and (self.settings.teacher == "frozen" or _is_end(at))
-
     def _teacher_is_worse(self, side: int) -> bool:
         """By the mean scores of the last stretch of the first phase, where both have some."""
         memory = self.parts.memory
         mine, teachers = memory["last_scores"][side - 1], memory["teacher_scores"][side - 1]
-        if self.settings.teacher == "frozen" or not (mine[1] and teachers[1]):
+        if self.settings.worse_teacher == "keep" or not (mine[1] and teachers[1]):
             return False
         return bool(teachers[0] / teachers[1] < mine[0] / mine[1])
 
@@ -433,14 +438,14 @@ class SemiCML(SemiSupervisedTrainer):
         )
 
 
-def _is_end(at: Progress) -> bool:
-    """Whether the better network re-learns as well."""
-    return at.phase == RELEARNING and at.phase_fraction >= RESTS
+def annealed_twice(second: float) -> Callable[[Progress], float]:
+    """The learning rate's factor: from 1 to 0 in the first phase, from `second` to 0 in the other."""
+    return lambda at: (second if at.phase == RELEARNING else 1) * poly_over_phase(at)
 
 
 def _is_last_stretch(at: Progress) -> bool:
     """Whether scores decide."""
-    return at.phase == MUTUAL and at.step + 1 - at.phase_start > LAST_STRETCH * (at.phase_end - at.phase_start)
+    return at.step + 1 - at.phase_start > LAST_STRETCH * (at.phase_end - at.phase_start)
 
 
 def _channels_of(job: Job, settings: SemiCMLSettings) -> tuple[Channels, ...]:
