@@ -66,8 +66,8 @@ for part in ${*:-classics founders ablations longer spatial fetal lgg}; do
         ;;
     lgg) # semi_cml beside the network of its better modality alone
         plan 11
-        table lgg_2d 11 2d -m supervised:flair spcl --set supervised:flair.channels=FLAIR \
-            --labeled 8 --seeds 0 --steps 1000
+        table lgg_2d 11 2d -m supervised:flair supervised:t1post spcl \
+            --set supervised:flair.channels=FLAIR supervised:t1post.channels=T1post --labeled 8 --seeds 0 --steps 1000
         table lgg_flair_2d 11 2d -m semi_cml semi_cml:ablation --set supervised.channels=FLAIR \
             semi_cml.groups=FLAIR,T1post semi_cml:ablation.groups=FLAIR,T1post --labeled 8 --seeds 0 --steps 1000
         ;;

@@ -137,8 +137,8 @@ class SemiCML(SemiSupervisedTrainer):
     alone does (cut into tiles), labels in the second phase, symmetric noise, labeled training patches instead of
     validation cases for the gate and for the choice of the better modality. Ours: a learning rate that has fallen to 0
     before re-learning as well, since a network that is far from done teaches its faults; for the same reason a teacher
-    that is worse than its network is replaced by it. A case that lacks one modality trains the network of the other with
-    its label."""
+    that is worse than its network is replaced by it. A case that lacks one modality trains the network of the other
+    with its label."""
 
     name = "semi_cml"
     title = "Semi-CML: contrastive mutual learning of two modalities, and pseudo-label re-learning"
@@ -395,11 +395,6 @@ class SemiCML(SemiSupervisedTrainer):
         return {
             **{f"labeled_dice_{side}": self._step_scores[side - 1, 0] for side in SIDES},
             **{f"teacher_moves_{side}": float(moves[side - 1]) for side in self.teachers},
-            **{
-                f"teacher_dice_{side}": self._teacher_scores[side - 1, 0]
-                for side in self.teachers
-                if bool(self._teacher_scores[side - 1, 1])
-            },
         }
 
     def _area_contrast(self, q_1: Tensor, q_2: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
