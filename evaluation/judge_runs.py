@@ -278,7 +278,7 @@ class _Reader:
         faults += [e.name for e in entries for scores in e.scores if set(scores) != set(first.folds)]
         if faults:
             found = f"{', '.join(dict.fromkeys(faults))}: other cases or folds than {first.name}"
-            fix = "train them again on the split of today, or leave them out"
+            fix = "train them again on the split of today, or name those to judge with --runs"
             raise InvalidInput(Problem(found, "the same validation cases in every fold", fix))
         cases = sorted(first.folds)
         classes = list(dict.fromkeys(name for scores in first.scores for case in cases for name in scores[case]))

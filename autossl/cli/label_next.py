@@ -18,8 +18,7 @@ Every trained fold of the runs that fit predicts the unlabeled cases. A case com
 they disagree and in which there is much to outline, and which are unlike what is labeled or higher on the list.
 
 Then label them, move their images from imagesUn to imagesTr, put the label maps into labelsTr, and go on:
-  autossl_plan_and_preprocess -d 4 --preset nano
-  autossl_train 4 2d all_folds --tag round-2 --init results/DATASET/default/2d__nano__supervised__seed-0
+  autossl_run 4 --tag round-2
 
 example: autossl_label_next 4 -n 10"""
 

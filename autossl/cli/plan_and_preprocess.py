@@ -125,8 +125,19 @@ def _print_result(result: PlanResult) -> None:
     print_table(["configuration", "patch (voxels)", "spacing (mm)", "batch (labeled + unlabeled)"], rows)
     semi = result.plans.semi_supervised
     print(
-        f"recommended: {semi.recommended_configuration} with {semi.recommended_method}, {semi.total_steps} steps\n"
+        f"recommended: {semi.recommended_configuration}, {semi.total_steps} steps\n"
+        f"methods: {_methods(semi.recommended_method)}\n"
         f"plans, with the why of every decision: {result.plans_file}"
     )
     for name, folder in result.data_folders.items():
         print(f"preprocessed for {name}: {folder}")
+
+
+def _methods(favored: str) -> str:
+    """What autossl_run compares where none is named, and what publications favor for as many labels."""
+    from autossl.pipeline.recommend import RECOMMENDED_METHODS, TWIN
+
+    if favored == TWIN:
+        return f"{TWIN} alone, there is no unlabeled case"
+    taken = f"autossl_run compares {TWIN} with {' and '.join(RECOMMENDED_METHODS)} unless -m names others"
+    return taken if favored in RECOMMENDED_METHODS else f"{taken}; publications favor {favored} for as many labels"

@@ -29,7 +29,8 @@ Plans, splits, preprocesses, trains all folds of the supervised twin and of each
 cases helped, chooses the final model, finds its postprocessing, and writes the report. Stopped or killed, the same
 command goes on where it was. Results go to results/DATASET/SPLIT below the workspace (docs/run.md).
 
-example: autossl_run Hippocampus -c 2d --preset nano -m mean_teacher --labeled 20"""
+example: autossl_run Hippocampus
+         autossl_run Hippocampus -c 2d --preset nano -m mean_teacher --labeled 20"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--equal_time",
         action="store_true",
-        help="also train supervised for as long as the slowest method takes (with --hours: where it fits in)",
+        help="also train supervised for as long as the slowest method takes (--hours alone adds it where it fits in)",
     )
     parser.add_argument(
         "-n", "--label_next", type=positive, default=10, metavar="N", help="cases to label next (default: 10)"

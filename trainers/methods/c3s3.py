@@ -94,13 +94,14 @@ class CompetitiveContrast(SemiSupervisedTrainer):
     balance. And each network must answer alike to its two views.
 
     Faithful: the competition, the sharpening, and the contrast over all four pairs of views. Ours: the weights of
-    competition and contrast and when they begin. With the release's, a tenth and ten times as much, from 2 % of the run
-    on, the mean of both networks found nothing after 400 steps on hippocampus (2D, nano, 8 labels), where the twin
-    reached 0.78 and the method without contrast as well. Reconstructed: the cosine is taken along the classes, as the
-    text implies (the released code takes the last image axis); real views with different intensities (the release's
-    differ by the networks' noise); more than one class; voxels are sampled; the mean of both networks predicts; and the
-    networks (a V-Net and a V-Net decoder on a ResNet-34 there, the plan's and its twin of the other kind here). For
-    regions, which a sigmoid takes one by one, the consistency compares (p, 1 - p) of each."""
+    competition and contrast, when they begin and how fast competition ramps up. With the release's, a tenth and ten
+    times as much, from 2 % of the run on, the mean of both networks found nothing after 400 steps on hippocampus (2D,
+    nano, 8 labels), where the twin reached 0.78 and the method without contrast as well. Reconstructed: the cosine is
+    taken along the classes, as the text implies (the released code takes the last image axis); real views with
+    different intensities (the release's differ by the networks' noise); more than one class; voxels are sampled; the
+    mean of both networks predicts; and the networks (a V-Net and a V-Net decoder on a ResNet-34 there, the plan's and
+    its twin of the other kind here). For regions, which a sigmoid takes one by one, the consistency compares (p, 1 - p)
+    of each."""
 
     name = "c3s3"
     title = "C3S3: complementary competition and contrastive selection of two different networks"

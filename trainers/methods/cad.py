@@ -99,9 +99,10 @@ class CAD(SemiSupervisedTrainer):
     and shows similar classes; the networks must agree on these displaced images as well. What counts as low, and how
     large a region may be, grows during training, so that the perturbation begins small and safe.
 
-    Public are the abstract, the two named parts (replacement of the largest low-confidence region, escalation of the
-    threshold) and the frame; its base method ABD (arXiv:2405.00378) is public with code. Reconstructed: how a component
-    becomes a box, the search of windows, all thresholds and sizes and their linear growth, and bcp as the frame."""
+    Public are the abstract and the two named parts (replacement of the largest low-confidence region, escalation of the
+    threshold); it names cross pseudo supervision as its frame (`frame=cps`). Its base method ABD (arXiv:2405.00378) is
+    public with code. Reconstructed: how a component becomes a box, the search of windows, all thresholds and sizes and
+    their linear growth. The default frame is that of ABD's best variant, bcp."""
 
     name = "cad"
     title = "CAD: confidence-aware adaptive displacement"

@@ -49,7 +49,7 @@ class ERSRSettings(MethodSettings):
 
     lambda_max: float = setting(1.0, "weight of the three special terms after their ramp", RELEASE, ge=0)
     lambda_plain: float = setting(
-        0.1, "weight of the consistency of classes that are not elliptic", "ours: as mean_teacher", ge=0
+        0.1, "weight of the consistency of classes that are not elliptic", "SSL4MIS benchmark trainers", ge=0
     )
     ramp_end: float = setting(1.0, "fraction of the second phase at which the ramp ends", RELEASE, ge=0)
     r_pre: float = setting(

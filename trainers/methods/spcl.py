@@ -97,7 +97,7 @@ class SelfPacedContrast(SemiSupervisedTrainer):
     """Scans carry labels for free: where in the body a patch lies, whose it is, which phase it shows. Patches that
     share such a label are pulled together in the encoder's deepest features, first on all cases as a pre-training,
     then on the unlabeled ones beside the supervised loss. Because the labels are noisy (the middle slice of one scan
-    is not that of another) pairs that are still far apart count less, and ever less so.
+    is not that of another) pairs that are still far apart count less at first, and more as training goes on.
 
     Faithful to the paper and its release: the loss, its temperature, the projectors on the bottleneck, the pre-training
     of the encoder, the pace of both phases. Ours: the bank of earlier rows (a batch of patches has few positives), the

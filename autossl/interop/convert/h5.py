@@ -37,7 +37,7 @@ from autossl.interop.convert.source import (
 logger = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"
-EXTRA = 'pip install "autossl[h5]"'
+EXTRA = "pip install h5py"
 TO_RAS = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 """Direction (LPS) of an array that already is RAS+: nothing is turned when it is read."""
 Shape = tuple[int, ...]
