@@ -195,7 +195,12 @@ def _finished_ways(workspace: Workspace, dataset: str, split: str, competitors: 
     """What can be compared, and why the rest cannot."""
     runs: dict[_Way, dict[int, FoundRun]] = {}
     left_out: list[str] = []
-    found = [run for run in find_runs(workspace, dataset, RunFilter(split=split)) if competitors.accept(run)]
+    there = find_runs(workspace, dataset, RunFilter(split=split))
+    missing = sorted(set(competitors.runs or ()) - {run.folder.name for run in there})
+    if missing:
+        fix = f"name folders of {workspace.results_folder(dataset) / split}"
+        raise InvalidInput(Problem(f"no run {', '.join(missing)} in split {split}", "runs that are there", fix))
+    found = [run for run in there if competitors.accept(run)]
     n_folds = read_split(workspace.preprocessed_folder(dataset) / "splits" / f"{split}.json").n_folds
     for run in found:
         done = [fold for fold in _folds(run) if _summary(run, fold).is_file() and run.states.get(fold) == "finished"]

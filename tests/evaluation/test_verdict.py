@@ -336,6 +336,8 @@ def test_other_cases_are_refused_and_their_runs_can_be_left_out(
     named = [*(run.name for run in rest), "--workspace", str(workspace.root)]
     assert command.main(["X", "--split", "default", "--runs", *named]) == 0
     assert "mean_teacher" not in capsys.readouterr().out
+    assert command.main(["X", "--split", "default", "--runs", "nowhere", *named]) == 2
+    assert "no run nowhere in split default" in capsys.readouterr().err
 
 
 def test_only_what_is_asked_for_competes(workspace: Workspace) -> None:
