@@ -323,7 +323,7 @@ def _stored_spec(folder: Path, overwrite: bool) -> RunSpec | None:
 
 
 def spec_differences(stored: RunSpec, asked: RunSpec, folds: list[str]) -> list[Problem]:
-    """One problem per field that differs; settings one by one, cases for the given folds."""
+    """One problem per field that differs; settings one by one, and one for the cases of the given folds."""
     fix = "keep both with --tag NAME, or replace it with --overwrite"
     pairs = [(name, getattr(stored, name), getattr(asked, name)) for name in IDENTITY if name != "settings"]
     for key in sorted(set(stored.settings) | set(asked.settings)):
@@ -339,17 +339,23 @@ def spec_differences(stored: RunSpec, asked: RunSpec, folds: list[str]) -> list[
         if before != now:
             change = f"folds.{key} started from the weights {before}, {now} was asked for"
             found.append(Problem(change, "the same weights", fix))
-    for key in folds:
-        for name in ("labeled", "validation", "unlabeled", "hidden_test"):
-            before, now = (set(getattr(spec.folds.get(key, Fold(labeled=())), name)) for spec in (stored, asked))
-            if before != now and key in stored.folds:
-                change = f"without {_some(before - now)}" if before - now else f"with {_some(now - before)} besides"
-                found.append(
-                    Problem(
-                        f"folds.{key}.{name} has {len(before)} cases, now {len(now)} {change}", "the same cases", fix
-                    )
-                )
+    changed = {key: changes for key in folds if key in stored.folds and (changes := _changed_cases(stored, asked, key))}
+    if changed:
+        first, *others = changed
+        rest = [f"and the cases of fold{'s' * (len(others) > 1)} {', '.join(others)}"] if others else []
+        found.append(Problem("; ".join(changed[first] + rest), "the same cases", fix))
     return found
+
+
+def _changed_cases(stored: RunSpec, asked: RunSpec, key: str) -> list[str]:
+    """How the cases of a fold differ."""
+    changes = []
+    for name in ("labeled", "validation", "unlabeled", "hidden_test"):
+        before, now = (set(getattr(spec.folds.get(key, Fold(labeled=())), name)) for spec in (stored, asked))
+        if before != now:
+            change = f"without {_some(before - now)}" if before - now else f"with {_some(now - before)} besides"
+            changes.append(f"folds.{key}.{name} has {len(before)} cases, now {len(now)} {change}")
+    return changes
 
 
 def _start_again(folder: Path, stored: RunSpec | None, spec: RunSpec) -> RunSpec:

@@ -19,6 +19,7 @@ from autossl.data.runs import (
     open_run,
     read_run,
     run_folder,
+    spec_differences,
     tag_for,
 )
 from autossl.data.splits import Fold
@@ -107,6 +108,15 @@ def test_another_specification_names_every_field(workspace: Workspace) -> None:
     assert "decay" not in text
     assert read_run(folder) == spec(), "nothing was changed"
     assert (folder / "fold_0").exists()
+
+
+def test_other_cases_in_several_folds_are_one_problem() -> None:
+    stored = spec(folds={str(key): Fold(labeled=("a", "b")) for key in range(4)})
+    asked = spec(folds={"0": stored.folds["0"], **{str(key): Fold(labeled=("a", "b", "c")) for key in (1, 2, 3)}})
+    (problem,) = spec_differences(stored, asked, ["0", "1", "2", "3"])
+    assert problem.found == "folds.1.labeled has 2 cases, now 3 with c besides; and the cases of folds 2, 3"
+    (problem,) = spec_differences(stored, asked, ["0", "1"])
+    assert problem.found == "folds.1.labeled has 2 cases, now 3 with c besides"
 
 
 def test_unfinished_folds_ask_for_resume_and_keep_their_cases(
