@@ -25,6 +25,7 @@ GAINS = {
     "fetal_head_2d": "fetal head",
     "lgg_2d": "LGG",
     "lgg_flair_2d": "LGG, to FLAIR alone",
+    "longer_hippocampus_2d": "3000 steps",
     "ablations_hippocampus_2d": "seed 0",
 }
 """Tables of autossl_benchmark, each against its own twin, and a mark for gains that are not of hippocampus in 2D.
