@@ -232,9 +232,9 @@ def care() -> str:
 1000 steps do not exhaust 8 labels: on fold 1 the twin reaches {short:.4f} with them and {long:.4f} with 3000,
 {100 * (long - short):+.1f} points. So a method that gives the labels more weight gains by that alone, one that gives
 them less loses: there `mcnet` with the labels alone reaches {dice("mcnet", lambda_max=0.0):.4f}, and `bcp` with 3000
-steps {dice("bcp", 3000):.4f}. Methods that see mixed images alone are slowest. `m3hl` takes pseudo-labels from 2 % of the
-run on, when its teacher knows nothing: of its three runs one never found the class Posterior ({mixed[0]:.4f}, the others
-{mixed[1]:.4f} and {mixed[2]:.4f})."""
+steps {dice("bcp", 3000):.4f}. Methods that see mixed images alone are slowest. `m3hl` takes pseudo-labels
+from 2 % of the run on, when its teacher knows nothing: of its three runs one never found the class Posterior
+({mixed[0]:.4f}, the others {mixed[1]:.4f} and {mixed[2]:.4f})."""
 
 
 def page() -> str:
