@@ -7,11 +7,16 @@ set -eu
 workspace=$1 data=$2
 shift 2
 results=$(cd "$(dirname "$0")" && pwd)/results
-jobs="--jobs ${JOBS:-2} --num_workers 0 --device cpu --workspace $workspace"
-mkdir -p "$workspace/raw"
-for dataset in "$data"/Dataset*; do
-    [ -e "$workspace/raw/${dataset##*/}" ] || ln -s "$dataset" "$workspace/raw/"
-done
+jobs="--jobs ${JOBS:-2} --num_workers 0 --device cpu"
+
+enter() { # a workspace that sees the raw datasets
+    workspace=$1
+    mkdir -p "$workspace/raw"
+    for dataset in "$data"/Dataset*; do
+        [ -e "$workspace/raw/${dataset##*/}" ] || ln -s "$dataset" "$workspace/raw/"
+    done
+}
+enter "$workspace"
 
 plan() { # dataset, and more
     autossl_plan_and_preprocess -q --preset nano --workspace "$workspace" -d "$@"
@@ -21,7 +26,7 @@ table() { # name of the files in results, and what autossl_benchmark is asked fo
     name=$1
     shift
     folder=$workspace/tables/$name
-    autossl_benchmark "$@" --preset nano $jobs -o "$folder" --history "$results/history_$name.jsonl"
+    autossl_benchmark "$@" --preset nano $jobs --workspace "$workspace" -o "$folder" --history "$results/history_$name.jsonl"
     for kind in txt csv json png; do cp "$folder/table.$kind" "$results/table_$name.$kind"; done
     python "$(dirname "$results")/special_terms.py" "$results/table_$name.json" --workspace "$workspace" \
         -o "$results/special_terms_$name.json"
@@ -48,10 +53,7 @@ for part in ${*:-classics founders ablations longer spatial fetal lgg}; do
         ;;
     longer) # those that 1000 steps leave far from done, in a workspace of its own: runs of another length
         (
-            workspace=$workspace/longer
-            jobs="${jobs% --workspace *} --workspace $workspace"
-            mkdir -p "$workspace/raw"
-            ln -sfn "$data"/Dataset004_* "$workspace/raw/"
+            enter "$workspace/longer"
             plan 4
             table longer_hippocampus_2d 4 2d -m bcp m3hl transmedseg --labeled 8 --seeds 0 --steps 3000 --no_cost
         )

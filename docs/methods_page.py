@@ -30,7 +30,8 @@ GAINS = {
     "ablations_hippocampus_2d": "seed 0",
 }
 """Tables of autossl_benchmark, each against its own twin, and a mark for gains that are not of hippocampus in 2D.
-By benchmarks/tables.sh: nano, fold 0, 8 labels, 1000 steps; seeds 0 to 2 in the first two, seed 0 in the others."""
+By benchmarks/tables.sh: nano, fold 0, 8 labels, 1000 steps, where the mark says nothing else; seeds 0 to 2 in the first
+two, seed 0 in the others."""
 FORCED = "ersr"
 """Its needs are not met by hippocampus, whose figure is shown all the same."""
 TERMS = {

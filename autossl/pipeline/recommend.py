@@ -8,8 +8,8 @@ TWIN = "supervised"
 RECOMMENDED_METHODS = ("mean_teacher", "cps")
 RECOMMENDED_METHODS_WHY = (
     "two ideas that fail in different ways: agreement with the average of one's own weights (mean_teacher), and of two "
-    "networks that started apart (cps). Both take any labels and dimensions, and are what papers compare "
-    "with; more methods would mean more choosing among the same few patients, which the verdict has to pay for"
+    "networks that started apart (cps). Both take any labels and dimensions, and are what papers compare with; more "
+    "methods would mean more choosing among the same few patients, which the verdict has to pay for"
 )
 ANISOTROPY = 3.0
 """From this ratio of the coarsest to the finest spacing on, slices say little about each other (nnU-Net v2)."""

@@ -535,6 +535,24 @@ def is_running(pid: int) -> bool:
         return False
 
 
+class Ending:
+    """A worker whose connections are broken, and whose exit code the system tells a little later."""
+
+    def __init__(self) -> None:
+        self.pid, self.exitcode = 1, None
+        self.sentinel, other = os.pipe()
+        os.close(other)
+
+    def join(self, timeout: float) -> None:
+        self.exitcode = -signal.SIGKILL
+
+
+def test_a_worker_that_is_about_to_end_is_waited_for(maker):
+    batches = batch_iterator(maker, steps_from(0, 2), 2)
+    list(batches)
+    assert "it was killed by SIGKILL" in str(batches._died([Ending()], "Connection reset by peer"))
+
+
 class Deadly(BatchMaker):
     """Ends the worker in the middle of step 9."""
 

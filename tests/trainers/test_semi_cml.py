@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autossl.data.channels import ImageChannels
 from autossl.data.problems import InvalidInput
 from autossl.inference.predictor import Predictor, Window
-from autossl.trainers.base import Batch, Progress, StepOutput
+from autossl.trainers.base import Batch, Progress, StepOutput, poly_over_run
 from autossl.trainers.checkpoints import parts_state
 from autossl.trainers.components.area_similarity import area_similarity, area_similarity_contrast, halves_of_axes
 from autossl.trainers.components.gated_average import GatedAverage, foreground_score
@@ -457,6 +457,14 @@ def test_the_learning_rate_falls_to_0_in_both_phases(settings: Any, second: floa
     assert factor(Timetable(method.phases(), 1000).progress(border - 1)) < 0.004
     assert factor(Timetable(method.phases(), 1000).progress(border)) == second
     assert factor(progress(method, 0.999)) < 0.01 * second
+
+
+def test_where_nothing_is_re_learned_the_learning_rate_is_that_of_the_supervised_run() -> None:
+    method = trainer(total=1000, lambda_mse=0, lambda_asc=0, lambda_prel=0)
+    for phase, fraction in zip(method.phases(), (0.315, 0.8), strict=True):
+        assert phase.groups is not None
+        at = progress(method, fraction)
+        assert {group.factor(at) for group in phase.groups} == {poly_over_run(at)}
 
 
 def teacher_says(method: SemiCML, batch: Batch) -> Tensor:

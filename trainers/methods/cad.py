@@ -102,7 +102,7 @@ class CAD(SemiSupervisedTrainer):
     Public are the abstract and the two named parts (replacement of the largest low-confidence region, escalation of the
     threshold); it names cross pseudo supervision as its frame (`frame=cps`). Its base method ABD (arXiv:2405.00378) is
     public with code. Reconstructed: how a component becomes a box, the search of windows, all thresholds and sizes and
-    their linear growth. The default frame is that of ABD's best variant, bcp."""
+    their linear growth, and the default frame, that of ABD on BCP."""
 
     name = "cad"
     title = "CAD: confidence-aware adaptive displacement"

@@ -26,6 +26,7 @@ from autossl.trainers.base import (
     StepOutput,
     StreamBatch,
     poly_over_phase,
+    poly_over_run,
     setting,
 )
 from autossl.trainers.components.area_similarity import (
@@ -200,7 +201,9 @@ class SemiCML(SemiSupervisedTrainer):
             return super().phases()
         if not self._relearns:
             return [Phase(MUTUAL)]
-        r_prel, rate = self.settings.r_prel, annealed_twice(self.settings.relearning_rate)
+        settings, r_prel = self.settings, self.settings.r_prel
+        # where nothing is re-learned it is the supervised run's
+        rate = annealed_twice(settings.relearning_rate) if settings.lambda_prel > 0 else poly_over_run
         groups = tuple(ParameterGroup(f"network_{side}", factor=rate) for side in SIDES)
         return [Phase(MUTUAL, r_prel, groups), Phase(RELEARNING, 1 - r_prel, groups)]
 
